@@ -59,6 +59,7 @@ MODELS = {
     "llama": lambda: transformers.LlamaConfig(**{**COMMON, "num_hidden_layers": 2}),
 }
 KIND = transformers.AutoModelForCausalLM
+DOWN = {"target_parameters": ["mlp.experts.down_proj"]}
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -345,7 +346,7 @@ def test_experts_of_adapters_are_averaged_by_their_precision(tmp_path):
 
 
 def test_factors_of_the_other_order_are_told_by_their_shapes(tmp_path):
-    """PEFT until 0.18 takes A for the rows of an ordinary stack, whose shape says so."""
+    """PEFT before 0.19.1 takes A for the rows of an ordinary stack, whose shape says so."""
     base = tiny_mixtral(tmp_path / "base")
     expected = {n: t.double().numpy() for n, t in load_file(base / "model.safetensors").items()}
     rng = np.random.default_rng(0)
@@ -358,6 +359,32 @@ def test_factors_of_the_other_order_are_told_by_their_shapes(tmp_path):
         for word, rows in (("w1", slice(12)), ("w3", slice(12, None))):
             expected[f"{EXPERTS}{e}.{word}.weight"] += change[rows]
     assert len(equals(base, tmp_path / "a", expected)) == 8
+
+
+@pytest.mark.parametrize("layout", ["grouped_by_expert", "rank_major"])
+def test_the_columns_of_b_are_read_as_unsloth_records_them(tmp_path, layout):
+    base = tiny_mixtral(tmp_path / "base")
+    expected = {n: t.double().numpy() for n, t in load_file(base / "model.safetensors").items()}
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=shape).astype("f4") for shape in ((8, 12), (8, 8)))
+    for e in range(4):
+        columns = slice(2 * e, 2 * e + 2) if "grouped" in layout else slice(e, None, 4)
+        change = 1.5 * b[:, columns].astype("f8") @ a[2 * e : 2 * e + 2]
+        expected[f"{EXPERTS}{e}.w2.weight"] += change
+    name = "base_model.model.model.layers.0.mlp.experts.lora_"
+    tensors = {f"{name}A.weight": a, f"{name}B.weight": b}
+    mapping = {"auto_mapping": {"unsloth_fixed": True}}
+    config = {"target_modules": [], "task_type": "CAUSAL_LM", **DOWN, **mapping}
+    written(tmp_path / "a", tensors, lora_B_layout=layout, **config)
+    equals(base, tmp_path / "a", expected)
+    merge_adapters([str(tmp_path / "a")], tmp_path / "m")
+    equals(base, tmp_path / "m", expected)
+    merged = folded(base, tmp_path / "m", tmp_path / "folded")
+    name = f"{EXPERTS}3.w2.weight"
+    np.testing.assert_allclose(merged[name], expected[name], atol=1e-6)
+    written(tmp_path / "b", tensors, **config)
+    with pytest.raises(ConfigError, match="Unsloth changed it in September 2026"):
+        open_adapter(str(tmp_path / "b"))
 
 
 def stack_factors(count=4, rank=2, module="mlp.experts", rows=8, columns=12, more=()):
@@ -374,7 +401,6 @@ def stack_factors(count=4, rank=2, module="mlp.experts", rows=8, columns=12, mor
 
 
 INNER = {"model.layers.0.mlp.experts.base_layer": ((24, 8), (8, 8))}
-DOWN = {"target_parameters": ["mlp.experts.down_proj"]}
 
 
 @pytest.mark.parametrize(

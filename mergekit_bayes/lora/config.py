@@ -31,6 +31,8 @@ class LoraConfig(TypedDict, total=False):
     init_lora_weights: bool | str
     target_modules: list[str] | str | None
     target_parameters: list[str] | None
+    lora_B_layout: str | None
+    auto_mapping: dict[str, object] | None
     exclude_modules: list[str] | str | None
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None

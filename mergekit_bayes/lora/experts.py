@@ -3,7 +3,8 @@
     dW[e] = s B_e A_e,  A_e = A[e r : (e + 1) r],  B_e = B[:, e :: E]
 
 A is (E r, d_in), with the experts one after another; B is (d_out, r E), with the expert as the
-fastest index of its columns (PEFT 0.21, `ParamWrapper`).
+fastest index of its columns (PEFT 0.21, `ParamWrapper`). Adapters of Unsloth may have B grouped as
+A is, `B_e = B[:, e r : (e + 1) r]`; see `parameters.is_grouped`.
 """
 
 import re
@@ -31,10 +32,9 @@ def of_expert(layer: Layer, whole: Pair) -> Pair:
     """
     assert layer.expert is not None
     a, b = whole
-    return (
-        None if a is None else a[layer.expert * layer.rank :][: layer.rank],
-        None if b is None else b[:, layer.expert :: layer.experts],
-    )
+    rows = slice(layer.expert * layer.rank, (layer.expert + 1) * layer.rank)
+    columns = rows if layer.is_grouped else slice(layer.expert, None, layer.experts)
+    return None if a is None else a[rows], None if b is None else b[:, columns]
 
 
 def join_experts(factors: Sequence[Factors]) -> Factors:

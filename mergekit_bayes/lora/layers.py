@@ -10,7 +10,7 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, TensorSpec
 from mergekit_bayes.checkpoint.ties import have_same_values
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig
-from mergekit_bayes.lora.parameters import WEIGHT, Target, by_pattern, find_targets
+from mergekit_bayes.lora.parameters import WEIGHT, Target, by_pattern, find_targets, is_grouped
 from mergekit_bayes.lora.parts import ROWS, part_of
 from mergekit_bayes.lora.tokens import TrainedRows, read_rows
 from mergekit_bayes.lora.variants import initial_move
@@ -63,9 +63,10 @@ class Layer(NamedTuple):
         parameter: The weight's name in the module.
         experts: E, the number of products.
         expert: The one of them that is meant; None for all.
+        is_grouped: Whether B has the columns of one expert after another; see `experts`.
         is_parameter: Whether the adapter targets a parameter itself, which as a matrix is never
             stored transposed.
-        wrapper: The module's name on disk, if PEFT put something into it.
+        wrapper: The module's name where it is written, if PEFT puts something into it.
     """
 
     module: str
@@ -82,6 +83,7 @@ class Layer(NamedTuple):
     parameter: str = WEIGHT
     experts: int = 1
     expert: int | None = None
+    is_grouped: bool = False
     is_parameter: bool = False
     wrapper: str = ""
 
@@ -193,7 +195,7 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
                 f"{posterior.mean.where(disk)}: '{disk}' has the shape [0]. {EMPTIED}"
             )
     targets = find_targets(config, names, str(posterior.mean.files[0]))
-    found = [_read_layer(posterior, config, m, targets[m], names[m]) for m in names]
+    found = [_read_layer(posterior, config, targets[m], names[m]) for m in names]
     layers = {layer.tensor.removesuffix(f".{WEIGHT}"): layer for layer in found}
     trained = read_rows(posterior, config, rows)
     return AdapterTensors(dict(sorted(layers.items())), replacements, tuple(unused), trained)
@@ -246,11 +248,7 @@ def _add(names: dict[str, str], name: str, disk: str, posterior: Posterior) -> l
 
 
 def _read_layer(
-    posterior: Posterior,
-    config: LoraConfig,
-    stored: str,
-    target: Target,
-    names: Mapping[str, str],
+    posterior: Posterior, config: LoraConfig, target: Target, names: Mapping[str, str]
 ) -> Layer:
     module = target.module
     is_embedding = "embedding_A" in names or "embedding_B" in names
@@ -306,8 +304,8 @@ def _read_layer(
         magnitude=magnitude,
         parameter=target.parameter,
         experts=experts,
+        is_grouped=experts > 1 and rank > 1 and is_grouped(config, where),
         is_parameter=target.is_parameter,
-        wrapper="" if stored == module else stored,
     )
     _check_initialisation(config, where, layer)
     return layer

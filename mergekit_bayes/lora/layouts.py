@@ -136,7 +136,7 @@ def _transposed_stacks(
     """The stacks of experts that are stored as (experts, d_in, d_out).
 
     Which factor PEFT takes for the rows of a square matrix depends on the model's code, and on the
-    version of PEFT (until 0.18, A is that of the rows of an ordinary matrix).
+    version of PEFT (before 0.19.1, A is that of the rows of an ordinary matrix).
     """
     square = [name for name, layer in stacks.items() if layer.rows == layer.columns]
     others = [name for name in stacks if name not in square]

@@ -148,6 +148,8 @@ def write_config(
         has_ties = False
     if has_ties or len({_targets(adapter) for adapter in adapters}) > 1:
         config |= _all_targets(layers) | dict.fromkeys(_SELECTIONS)
+    if config.get("lora_B_layout"):
+        config["lora_B_layout"] = "rank_major"  # PEFT's, in which experts are written
     if config.get("target_parameters"):
         config["lora_dropout"] = 0.0  # PEFT loads no other, although it counts in training only
     saved = {module for a in adapters for module in a.config.get("modules_to_save") or ()}

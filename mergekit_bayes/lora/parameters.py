@@ -96,6 +96,33 @@ def find_targets(config: LoraConfig, modules: Collection[str], where: str) -> di
     return targets
 
 
+def is_grouped(config: LoraConfig, where: str) -> bool:
+    """Whether the columns of B are those of one expert after another.
+
+    PEFT has the expert as the fastest index. Unsloth read adapters of stacked experts as grouped
+    until September 2026 (its pull request 1269 to unsloth-zoo), and has recorded since which of the
+    two it trained.
+
+    Args:
+        config: The adapter's config.
+        where: The file, for messages.
+
+    Raises:
+        ConfigError: The adapter is Unsloth's, and does not record it.
+    """
+    layout, mapping = config.get("lora_B_layout"), config.get("auto_mapping")
+    if layout in ("rank_major", "grouped_by_expert"):
+        return layout == "grouped_by_expert"
+    if layout is not None or (isinstance(mapping, dict) and mapping.get("unsloth_fixed")):
+        raise ConfigError(
+            f"{where}: in which order the experts' columns of lora_B are is not known: {CONFIG} "
+            f"has lora_B_layout={shown(layout)}, and Unsloth changed it in September 2026 (PEFT "
+            'cannot tell either). Write "lora_B_layout": "grouped_by_expert" there if the adapter '
+            'was trained by an Unsloth from before, "rank_major" if by a later one.'
+        )
+    return False
+
+
 def wrapped_names(module: str, parameters: Collection[str]) -> dict[str, str]:
     """How PEFT calls a module for each of its parameters that is adapted itself.
 

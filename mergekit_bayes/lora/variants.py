@@ -17,6 +17,7 @@ _READ = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *(
         "target_parameters",
+        "lora_B_layout",
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",
