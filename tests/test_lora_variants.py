@@ -357,6 +357,8 @@ def delta(rows, columns=4):
 MAGNITUDE = f"{PREFIX}m.q.lora_magnitude_vector"
 Q_BIAS = f"{PREFIX}m.q.lora_B.bias"
 BAD = [
+    ({}, {"r": 3}, MismatchError, r"rank 3 \(r\)\."),
+    ({}, {"rank_pattern": {"k": 2, "q": 4, ".": 5}}, MismatchError, "rank 4 .rank_pattern, 'q', "),
     ({}, {"use_dora": True}, CheckpointError, "has no magnitude beside it"),
     ({MAGNITUDE: np.ones(6, "f4")}, {}, ConfigError, "does not have use_dora"),
     ({MAGNITUDE: np.ones(5, "f4")}, {"use_dora": True}, MismatchError, "has 6 outputs"),

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from mergekit_bayes.checkpoint.adapter_patterns import (
     LONGEST_MODULE,
@@ -19,6 +19,7 @@ from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig
 from mergekit_bayes.lora.parts import ROWS, part_of
 from mergekit_bayes.lora.tokens import TrainedRows, read_rows
 from mergekit_bayes.lora.variants import initial_move
+from mergekit_bayes.lora.vectors import read_vector
 from mergekit_bayes.lora.writers import FOLD, explain_name
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.quantised import EMPTIED
@@ -32,11 +33,6 @@ _WRAPPER = re.compile(
     r"(?:(?<=^)|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _PARALLEL = "module."
-# Parts of a layer that are vectors, and the settings that ask for them.
-_VECTORS: dict[str, Literal["lora_bias", "use_dora"]] = {
-    "bias": "lora_bias",
-    "magnitude": "use_dora",
-}
 _T = TypeVar("_T")
 
 
@@ -249,7 +245,7 @@ def _read_layer(
             f"{where}: '{name_a}' is {list(a.shape)} and '{name_b}' {list(b.shape)}; of "
             f"convolutions only those are read whose B has the kernel 1. {FOLD}"
         )
-    rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
+    rank, key = _by_pattern(config.get("rank_pattern"), module, config["r"])
     if len(a.shape) > 2 and a.shape[0] == rank and b.shape[1] < rank:
         raise ConfigError(
             f"{where}: '{name_a}' is {list(a.shape)} and '{name_b}' {list(b.shape)}: "
@@ -259,13 +255,15 @@ def _read_layer(
     if a.shape[0] != rank or b.shape[1] != rank:
         raise MismatchError(
             f"{where}: the factors of '{module}' are {list(a.shape)} and {list(b.shape)}, but "
-            f"{CONFIG} gives it rank {rank}. The two files do not belong together."
+            f"{CONFIG} gives it rank {rank} "
+            + ("(r)" if key is None else f"(rank_pattern, {shown(key)}, the first that matches)")
+            + ". The two files do not belong together."
         )
-    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    alpha, _ = _by_pattern(config.get("alpha_pattern"), module, float(config["lora_alpha"]))
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     columns, kernel = math.prod(a.shape[1:]), a.shape[2:]
-    bias = _read_vector(posterior, config, names, "bias", b.shape[0])
-    magnitude = _read_vector(posterior, config, names, "magnitude", b.shape[0])
+    bias = read_vector(posterior, config, names, "bias", b.shape[0])
+    magnitude = read_vector(posterior, config, names, "magnitude", b.shape[0])
     layer = Layer(
         *(module, name_a, name_b, rank, b.shape[0], columns, scaling, kernel),
         is_embedding=is_embedding,
@@ -274,44 +272,6 @@ def _read_layer(
     )
     _check_initialisation(config, where, layer)
     return layer
-
-
-def _read_vector(
-    posterior: Posterior, config: LoraConfig, names: Mapping[str, str], part: str, rows: int
-) -> str | None:
-    """The name on disk of what a layer has beside its factors: its bias, or its magnitudes.
-
-    Raises:
-        CheckpointError: It is missing, or not numbers.
-        ConfigError: It is there although the config has it off.
-        MismatchError: It has another length than the layer has outputs.
-    """
-    setting, disk = _VECTORS[part], names.get(part)
-    is_on = config.get(setting)
-    where = posterior.mean.where(disk or next(iter(names.values())))
-    if disk is None:
-        if is_on:
-            raise CheckpointError(
-                f"{where}: '{next(iter(names.values()))}' has no {part} beside it, which "
-                f"{setting} in {CONFIG} asks for. Save the adapter again."
-            )
-        return None
-    spec = posterior.mean.specs[disk]
-    if not is_on:
-        raise ConfigError(
-            f"{where}: '{disk}' is there, and {CONFIG} does not have {setting}. The two files do "
-            "not belong together."
-        )
-    if spec.dtype not in MERGEABLE:
-        raise CheckpointError(
-            f"{where}: '{disk}' is {spec.dtype}; it is read from {', '.join(MERGEABLE)}."
-        )
-    if spec.size != rows or max(spec.shape, default=0) != rows:
-        raise MismatchError(
-            f"{where}: '{disk}' is {list(spec.shape)}, and its layer has {rows} outputs. The two "
-            "do not belong together."
-        )
-    return disk
 
 
 def _check_initialisation(config: LoraConfig, where: str, layer: Layer) -> None:
@@ -344,8 +304,10 @@ def _check_factor(where: str, name: str, spec: TensorSpec) -> None:
         )
 
 
-def _by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _T:
-    """The value of the first pattern that matches the end of a module's name."""
+def _by_pattern(
+    patterns: Mapping[str, _T] | None, module: str, default: _T
+) -> tuple[_T, str | None]:
+    """The value of the first pattern that matches the end of a module's name, and the pattern."""
     if patterns and len(module) > LONGEST_MODULE:
         raise ConfigError(
             f"{CONFIG} has patterns, and the module {shown(module)} a name of {len(module):,} "
@@ -353,8 +315,8 @@ def _by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> 
         )
     for pattern, value in (patterns or {}).items():
         if _compiled(pattern).match(module):
-            return value
-    return default
+            return value, pattern
+    return default, None
 
 
 @lru_cache(maxsize=MOST_PATTERNS)
