@@ -126,6 +126,7 @@ VARIANTS = {
     "dora": {"target_modules": QV, "use_dora": True, "lora_alpha": 3},
     "dora of a table": {"target_modules": TABLE, "use_dora": True},
     "dora of a head": {"target_modules": BOTH, "use_dora": True},
+    "dora of a tie": {"target_modules": TABLE, "use_dora": True, **TIED},
     "dora and rslora": {"target_modules": QV, "use_dora": True, "use_rslora": True, **PATTERNS},
     "embedding": {"target_modules": TABLE},
     "embedding and head": {"target_modules": BOTH},
@@ -159,6 +160,12 @@ GPT2 = {
     "dora": {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True},
     "square dora": {"target_modules": ["attn.c_proj"], "use_dora": True, "fan_in_fan_out": True},
     "table": {"target_modules": ["wte", "wpe"], "use_dora": True},
+    "square olora": {
+        "target_modules": ["attn.c_proj"],
+        "init_lora_weights": "olora",
+        "use_rslora": True,
+        "fan_in_fan_out": True,
+    },
     "pissa": {
         "target_modules": ["c_attn", "c_proj"],
         "init_lora_weights": "pissa",
@@ -489,6 +496,56 @@ def changes(base_folder, adapter_folder):
         found = {n: read_tensor(opened.mean, n).astype(np.float64) for n in opened.mean.specs}
     plain = {n: t.double().numpy() for n, t in load(base_folder).state_dict().items()}
     return {name: values - plain[name] for name, values in found.items()}
+
+
+def test_equal_biases_are_kept_in_a_merge_of_adapters_alone(tmp_path, bases):
+    folder = trained(tmp_path / "a", bases / "untied", r=2, **VARIANTS["bias all"])
+    merge_adapters([str(folder)] * 2, tmp_path / "out", scales=(0.5,))
+    computed = [
+        logits_of_peft(bases / "untied", path, torch.float32) for path in (folder, tmp_path / "out")
+    ]
+    np.testing.assert_allclose(*computed, atol=1e-5)
+    other = trained(tmp_path / "b", bases / "untied", r=2, seed=2, **VARIANTS["bias all"])
+    with pytest.raises(MismatchError, match=r"hold it whole \(modules_to_save, or bias\)"):
+        merge_adapters([str(folder), str(other)], tmp_path / "no")
+
+
+def test_rows_and_factors_of_a_table_are_found_under_another_prefix(tmp_path, bases):
+    stored = load_file(bases / "gpt2/model.safetensors")
+    bare = {n.removeprefix("transformer."): t.numpy() for n, t in stored.items()}
+    tiny.write(tmp_path / "bare/model.safetensors", bare)
+    for name, settings in (
+        ("rows", {"target_modules": ["c_attn"], "trainable_token_indices": [2, 5]}),
+        ("table", {"target_modules": ["c_attn", "wte"], "lora_alpha": 3}),
+        ("bias", {"target_modules": ["c_attn"], "lora_bias": True}),
+    ):
+        folder = trained(tmp_path / name, bases / "gpt2", r=2, **settings)
+        with (
+            open_adapted(f"{bases / 'gpt2'}+{folder}") as expected,
+            open_adapted(f"{tmp_path / 'bare'}+{folder}") as found,
+        ):
+            assert len(found.mean.changed) == len(expected.mean.changed) == 2
+            for tensor in found.mean.changed:
+                values = read_tensor(expected.mean, f"transformer.{tensor}")
+                np.testing.assert_array_equal(read_tensor(found.mean, tensor), values)
+
+
+@pytest.mark.parametrize("method", ["pissa_niter_4", "olora"])
+def test_the_conversion_that_a_refusal_names_gives_the_trained_model(tmp_path, bases, method):
+    settings = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": QV}
+    config = peft.LoraConfig(init_lora_weights=method, **settings)
+    model = peft.get_peft_model(load(bases / "untied", torch.float32), config).eval()
+    model.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        expected = model(INPUTS).logits
+    model.save_pretrained(
+        tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    found = logits_folded(bases / "untied", tmp_path / "out", tmp_path, torch.float32)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 LINEAR = {
