@@ -26,7 +26,7 @@ from mergekit_bayes.posterior.quantised import EMPTIED
 
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
 _ORIGINAL = re.compile(r"\.original_module\.|\.trainable_tokens_original(\.|$)")
-_OF_TRAINING = re.compile(r"\.lora_velora_embed(\.|$)")  # which compresses gradients
+_OF_TRAINING = re.compile(r"\.lora_velora_\w+(\.|$)")  # which compresses gradients
 _BELOW = re.compile(r"\.(token_adapter\.)?base_layer\.")  # of a weight below an adapter
 # Modules that compiling and sharding wrap around others, and their prefix.
 _WRAPPER = re.compile(
