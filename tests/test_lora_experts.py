@@ -407,7 +407,7 @@ INNER = {"model.layers.0.mlp.experts.base_layer": ((24, 8), (8, 8))}
     ("tensors", "config", "kind", "message"),
     [
         (stack_factors(3), DOWN, MismatchError, r"those of 3 experts of rank 2, .* base has 4"),
-        (stack_factors(7, 1), DOWN, MismatchError, "gives it rank 2, of each expert"),
+        (stack_factors(7, 1), DOWN, MismatchError, r"gives it rank 2 \(r\), of each expert"),
         (stack_factors(rows=10), DOWN, MismatchError, r"\[4, 10, 12\], but .* is \[4, 8, 12\]"),
         (stack_factors(more=INNER), DOWN, MismatchError, "factors of 2 parameters .* names 1 "),
         (stack_factors(), {"target_parameters": "down"}, ConfigError, "a list of parameter names"),

@@ -3,35 +3,31 @@
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, TensorSpec
 from mergekit_bayes.checkpoint.ties import have_same_values
-from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, shown
 from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig
 from mergekit_bayes.lora.parameters import WEIGHT, Target, by_pattern, find_targets, is_grouped
 from mergekit_bayes.lora.parts import ROWS, part_of
 from mergekit_bayes.lora.tokens import TrainedRows, read_rows
 from mergekit_bayes.lora.variants import initial_move
+from mergekit_bayes.lora.vectors import read_vector
 from mergekit_bayes.lora.writers import FOLD, explain_name
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.quantised import EMPTIED
 
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
 _ORIGINAL = re.compile(r"\.original_module\.|\.trainable_tokens_original(\.|$)")
-_OF_TRAINING = re.compile(r"\.lora_velora_embed(\.|$)")  # which compresses gradients
+_OF_TRAINING = re.compile(r"\.lora_velora_\w+(\.|$)")  # which compresses gradients
 _BELOW = re.compile(r"\.(token_adapter\.)?base_layer\.")  # of a weight below an adapter
 # Modules that compiling and sharding wrap around others, and their prefix.
 _WRAPPER = re.compile(
     r"(?:(?<=^)|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _PARALLEL = "module."
-# Parts of a layer that are vectors, and the settings that ask for them.
-_VECTORS: dict[str, Literal["lora_bias", "use_dora"]] = {
-    "bias": "lora_bias",
-    "magnitude": "use_dora",
-}
 
 
 class Factors(NamedTuple):
@@ -275,7 +271,7 @@ def _read_layer(
             f"{where}: '{name_a}' is {list(a.shape)} and '{name_b}' {list(b.shape)}; of "
             f"convolutions only those are read whose B has the kernel 1. {FOLD}"
         )
-    rank = int(by_pattern(config.get("rank_pattern"), target.pattern_name, config["r"]))
+    rank, key = by_pattern(config.get("rank_pattern"), target.pattern_name, config["r"])
     if len(a.shape) > 2 and a.shape[0] == rank and b.shape[1] < rank:
         raise ConfigError(
             f"{where}: '{name_a}' is {list(a.shape)} and '{name_b}' {list(b.shape)}: "
@@ -286,17 +282,17 @@ def _read_layer(
     if a.shape[0] != rank * experts or b.shape[1] != rank * experts:
         raise MismatchError(
             f"{where}: the factors of '{target.pattern_name}' are {list(a.shape)} and "
-            f"{list(b.shape)}, but {CONFIG} gives it rank {rank}"
+            f"{list(b.shape)}, but {CONFIG} gives it rank {rank} "
+            + ("(r)" if key is None else f"(rank_pattern, {shown(key)}, the first that matches)")
             + (", of each expert" if target.is_parameter else "")
             + ". The two files do not belong together."
         )
-    alpha = float(
-        by_pattern(config.get("alpha_pattern"), target.pattern_name, config["lora_alpha"])
-    )
+    alphas = config.get("alpha_pattern")
+    alpha, _ = by_pattern(alphas, target.pattern_name, float(config["lora_alpha"]))
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     columns, kernel = math.prod(a.shape[1:]), a.shape[2:]
-    bias = _read_vector(posterior, config, names, "bias", b.shape[0])
-    magnitude = _read_vector(posterior, config, names, "magnitude", b.shape[0])
+    bias = read_vector(posterior, config, names, "bias", b.shape[0])
+    magnitude = read_vector(posterior, config, names, "magnitude", b.shape[0])
     layer = Layer(
         *(module, name_a, name_b, rank, b.shape[0], columns, scaling, kernel),
         is_embedding=is_embedding,
@@ -309,44 +305,6 @@ def _read_layer(
     )
     _check_initialisation(config, where, layer)
     return layer
-
-
-def _read_vector(
-    posterior: Posterior, config: LoraConfig, names: Mapping[str, str], part: str, rows: int
-) -> str | None:
-    """The name on disk of what a layer has beside its factors: its bias, or its magnitudes.
-
-    Raises:
-        CheckpointError: It is missing, or not numbers.
-        ConfigError: It is there although the config has it off.
-        MismatchError: It has another length than the layer has outputs.
-    """
-    setting, disk = _VECTORS[part], names.get(part)
-    is_on = config.get(setting)
-    where = posterior.mean.where(disk or next(iter(names.values())))
-    if disk is None:
-        if is_on:
-            raise CheckpointError(
-                f"{where}: '{next(iter(names.values()))}' has no {part} beside it, which "
-                f"{setting} in {CONFIG} asks for. Save the adapter again."
-            )
-        return None
-    spec = posterior.mean.specs[disk]
-    if not is_on:
-        raise ConfigError(
-            f"{where}: '{disk}' is there, and {CONFIG} does not have {setting}. The two files do "
-            "not belong together."
-        )
-    if spec.dtype not in MERGEABLE:
-        raise CheckpointError(
-            f"{where}: '{disk}' is {spec.dtype}; it is read from {', '.join(MERGEABLE)}."
-        )
-    if spec.size != rows or max(spec.shape, default=0) != rows:
-        raise MismatchError(
-            f"{where}: '{disk}' is {list(spec.shape)}, and its layer has {rows} outputs. The two "
-            "do not belong together."
-        )
-    return disk
 
 
 def _check_initialisation(config: LoraConfig, where: str, layer: Layer) -> None:

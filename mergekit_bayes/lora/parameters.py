@@ -144,8 +144,10 @@ def wrapped_names(module: str, parameters: Collection[str]) -> dict[str, str]:
     return {name: module + depth * _WRAPPED for depth, name in enumerate(reversed(ordered))}
 
 
-def by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _T:
-    """The value of the first pattern that matches the end of a name, as PEFT chooses it.
+def by_pattern(
+    patterns: Mapping[str, _T] | None, module: str, default: _T
+) -> tuple[_T, str | None]:
+    """The value of the first pattern that matches the end of a name, and the pattern.
 
     Args:
         patterns: `rank_pattern` or `alpha_pattern`.
@@ -162,8 +164,8 @@ def by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _
         )
     for pattern, value in (patterns or {}).items():
         if _compiled(pattern).match(module):
-            return value
-    return default
+            return value, pattern
+    return default, None
 
 
 @lru_cache(maxsize=MOST_PATTERNS)

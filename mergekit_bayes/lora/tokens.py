@@ -4,6 +4,7 @@ PEFT trains a copy of these rows and stores it as `trainable_tokens_delta`, whic
 is no difference, whatever its name says.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ def _read(posterior: Posterior, config: LoraConfig, module: str, disk: str) -> T
             f"{where}: '{disk}' holds {spec.shape[0]} rows, and {CONFIG} names {len(indices)} "
             f"tokens ({_KEY}). The two files do not belong together."
         )
-    wrong = next((i for at, i in enumerate(indices) if i < 0 or i in indices[:at]), None)
+    wrong = next((i for i, times in Counter(indices).items() if i < 0 or times > 1), None)
     if wrong is not None:
         said = (
             "negative, and PEFT has no row of that number"

@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = (
     *("enable_lora", "merge_weights"),  # of PEFT until 0.3
 )
 _DEPENDS = "What it adds depends on the input, so that it cannot be folded into weights or merged."
-_QUANTISED = "It belongs to a quantised base, which is not read. " + FOLD
+_QUANTISED = "It belongs to a quantised base, and PEFT does not fold it either."
 # Refused where they are on, with what to do.
 _REFUSED = {
     "layer_replication": FOLD,
@@ -46,21 +46,19 @@ _REFUSED = {
 }
 _DETAILS = {"qalora_group_size": "use_qalora"}  # keys without effect where another one is off
 _PLAIN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+_FOLD_THERE = "fold it with `merge_and_unload()` in the run that trained it, and merge the result."
 _CONVERT = (
-    "Training then started from other weights than the base's, which only a converted adapter or a "
-    "folded model holds: save it with `model.save_pretrained(OUT, "
+    "Training started from other weights than the base's, so that only the trained model or a "
+    "converted adapter can be merged: save it with `model.save_pretrained(OUT, "
     "path_initial_model_for_weight_conversion=INITIAL)`, INITIAL being the adapter that was saved "
-    "before training"
+    f"before training, or {_FOLD_THERE}"
 )
 # Other initialisations, and why each is refused.
 _MOVING = {
-    "pissa": f"It is drawn at random, so that it cannot be repeated. {_CONVERT}, or merge the "
-    "trained model that `merge_and_unload()` gives.",
-    "corda": f"{_CONVERT}, or merge the trained model that `merge_and_unload()` gives.",
-    "lora_ga": f"PEFT itself loads it onto the wrong base. {_CONVERT}, or merge the trained model "
-    "that `merge_and_unload()` gives.",
-    "loftq": "Its base is the one that LoftQ quantised. Merge the trained model that "
-    "`merge_and_unload()` gives.",
+    "pissa": f"It is drawn at random, so that it cannot be repeated. {_CONVERT}",
+    "corda": f"It depends on data. {_CONVERT}",
+    "lora_ga": f"It depends on data, and PEFT itself loads it onto the wrong base. {_CONVERT}",
+    "loftq": f"Its base is the one that LoftQ quantised: {_FOLD_THERE}",
 }
 
 
