@@ -11,8 +11,10 @@ from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.layers import Factors, Layer
+from mergekit_bayes.lora.rules import Rule
+from mergekit_bayes.methods.base import Facts
 
-Space = Literal["product", "concat", "factor"]
+Space = Literal["product", "concat", "factor", "core"]
 Weights = Literal["uniform", "precision"]
 
 
@@ -45,6 +47,8 @@ class AdapterMerge(NamedTuple):
         weights: Whether entries are weighed by precision.
         seed: Seed of the SVD of large layers.
         averaged: In factor space, factors are averaged because they started from one A.
+        rule: In core space, the method by which cores are merged.
+        facts: In core space, what the method found in all layers before it merges one.
     """
 
     adapters: Sequence[Adapter]
@@ -53,6 +57,8 @@ class AdapterMerge(NamedTuple):
     weights: Weights
     seed: int
     averaged: bool = False
+    rule: Rule | None = None
+    facts: Facts = None
 
     def scaled(self, copy: LayerCopy) -> Factors:
         """A and `s B` of a layer, in float64."""

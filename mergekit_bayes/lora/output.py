@@ -9,6 +9,7 @@ from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG, PREFIX, WEIGHTS
+from mergekit_bayes.lora.core import merge_cores
 from mergekit_bayes.lora.factors import merge_factors
 from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Replacements, Space
 from mergekit_bayes.lora.products import merge_products
@@ -58,6 +59,8 @@ def write_tensors(
         for module, copies in layers.items():
             if space == "factor":
                 merged = merge_factors(merge, rank, copies)
+            elif space == "core":
+                merged = merge_cores(merge, rank, module, copies)
             else:
                 merged = merge_products(merge, space, rank, module, copies)
             for side, factor in zip("AB", merged.factors, strict=True):
