@@ -11,10 +11,11 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.kernels.arrays import Arrays, facts_of, merge_arrays, totals_of
 from mergekit_bayes.kernels.base import task_key
 from mergekit_bayes.lora import merge_adapters
+from mergekit_bayes.lora.bases import orthonormal, principal
 from mergekit_bayes.lora.core import core_space
 from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.lora.rules import merges_changes
-from mergekit_bayes.lora.truncate import thin_singular, truncate_core
+from mergekit_bayes.lora.truncate import truncate_core
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.methods import METHODS, settings_of
 from tests import tiny
@@ -93,31 +94,42 @@ STACKS = {
 }
 
 
+@pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("pairs", STACKS.values(), ids=STACKS)
-def test_the_core_space_loses_nothing_and_its_directions_are_orthonormal(pairs):
-    space = core_space(pairs)
+def test_the_core_space_loses_nothing_and_its_directions_are_orthonormal(pairs, published):
+    space = core_space(pairs, by_singular_vectors=published)
     for pair, core in zip(pairs, space.cores, strict=True):
         change = pair.b @ pair.a
         np.testing.assert_allclose(
-            space.left @ core @ space.right, change, atol=1e-8 * np.abs(change).max(initial=1e-300)
+            whole(space, core), change, atol=1e-8 * np.abs(change).max(initial=1e-300)
         )
-    for basis in (space.left.T, space.right):
-        np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-8)
+    for basis in (space.left, space.right):
+        own = basis.times(np.eye(basis.size))
+        np.testing.assert_allclose(own.T @ own, np.eye(basis.size), atol=1e-8)
+        np.testing.assert_allclose(basis.inside(own), np.eye(basis.size), atol=1e-8)
     stack = np.concatenate([pair.b for pair in pairs], axis=1)
-    assert len(space.left.T) == (np.linalg.matrix_rank(stack) if stack.size else 0)
+    assert space.left.size == (np.linalg.matrix_rank(stack) if stack.size else 0)
     # The paper's basis: singular directions of the stack, the largest first.
-    sizes = np.linalg.norm(space.left.T @ stack, axis=1)
-    assert (np.diff(sizes) <= 1e-9 * sizes.max(initial=0)).all()
+    sizes = np.linalg.norm(space.left.inside(stack), axis=1)
+    assert (np.diff(sizes) <= 1e-9 * sizes.max(initial=0)).all() or not published
+
+
+def whole(space, core):
+    return space.left.times(core) @ space.right.times(np.eye(space.right.size)).T
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-5, 1e-9])
-def test_a_thin_decomposition_is_that_of_lapack_however_its_values_spread(spread):
+@pytest.mark.parametrize("way", [orthonormal, principal])
+def test_a_stack_is_written_exactly_however_its_values_spread(way, spread):
     values = np.geomspace(1, spread, 6)
-    matrix = (turn(1, 40)[:, :6] * values) @ turn(2, 6)
-    left, sizes, right = thin_singular(matrix)
-    np.testing.assert_allclose(sizes, values, rtol=1e-6)
-    np.testing.assert_allclose((left * sizes) @ right, matrix, atol=1e-14)
-    np.testing.assert_allclose(left.T @ left, np.eye(6), atol=1e-8)
+    stack = (turn(1, 40)[:, :6] * values) @ turn(2, 6)
+    basis, inner = way(stack)
+    own = basis.times(np.eye(basis.size))
+    np.testing.assert_allclose(own @ inner, stack, atol=1e-13)
+    np.testing.assert_allclose(own.T @ own, np.eye(6), atol=1e-8)
+    np.testing.assert_allclose(np.linalg.svd(inner)[1], values, rtol=1e-6)
+    if way is principal:
+        np.testing.assert_allclose(np.linalg.norm(inner, axis=1), values, rtol=1e-6)
 
 
 def test_the_error_of_a_core_is_that_of_the_factors_as_they_are_stored():
@@ -125,7 +137,7 @@ def test_the_error_of_a_core_is_that_of_the_factors_as_they_are_stored():
     core = sum(space.cores)
     for rank in (1, 4, 12):
         found = truncate_core(space.left, core, space.right, rank)
-        dense = space.left @ core @ space.right
+        dense = whole(space, core)
         stored = found.factors.b.astype(np.float64) @ found.factors.a
         assert found.factors.a.shape == (rank, 24)
         assert found.norm == pytest.approx(np.linalg.norm(dense))
@@ -179,7 +191,7 @@ def test_a_rule_for_matrices_keeps_as_many_directions_as_in_the_layer(tmp_path):
     expected = by("tsv_m", base, [pair.b @ pair.a for pair in pairs])
     cut = by("tsv_m", np.zeros((7, 7)), core_space(pairs).cores)
     space = core_space(pairs)
-    assert not np.allclose(space.left @ cut @ space.right, expected, atol=1e-6)
+    assert not np.allclose(whole(space, cut), expected, atol=1e-6)
     for t, (a, b) in enumerate(pairs):
         adapter(tmp_path / f"a{t}", {"m.q": Factors(np.float32(a), np.float32(b))}, alpha=len(a))
     refs = [str(tmp_path / f"a{t}") for t in range(2)]

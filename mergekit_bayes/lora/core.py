@@ -23,10 +23,11 @@ from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import CheckpointError, MismatchError
 from mergekit_bayes.kernels.arrays import Arrays, facts_of, merge_arrays, totals_of
 from mergekit_bayes.kernels.base import task_key
+from mergekit_bayes.lora.bases import Basis, orthonormal, principal
 from mergekit_bayes.lora.inputs import AdapterMerge, LayerCopy, Layers
 from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.lora.rules import Rule
-from mergekit_bayes.lora.truncate import Truncated, thin_singular, truncate_core
+from mergekit_bayes.lora.truncate import Truncated, truncate_core
 from mergekit_bayes.methods.base import Facts
 
 
@@ -34,31 +35,33 @@ class CoreSpace(NamedTuple):
     """The changes of a layer in their common core space, in float64.
 
     Attributes:
-        left: U, (d_out, k) with orthonormal columns.
-        right: V', (l, d_in) with orthonormal rows.
+        left: U, (d_out, k).
+        right: V, (d_in, l).
         cores: M_t, (k, l), one for each pair of factors.
     """
 
-    left: Array
-    right: Array
+    left: Basis
+    right: Basis
     cores: tuple[Array, ...]
 
 
-def core_space(pairs: Sequence[Factors]) -> CoreSpace:
+def core_space(pairs: Sequence[Factors], *, by_singular_vectors: bool = True) -> CoreSpace:
     """The common core space of some changes `B_t A_t`.
 
-    The cores come out of the decompositions themselves: `U' [B_1, ...] = S P'` and
-    `[A_1; ...] V = Q R`.
+    The cores come out of the stacks' own parts in the bases, `U' [B_1, ...]` and `V' [A_1; ...]'`.
 
     Args:
         pairs: A of shape (r_t, d_in) and B of shape (d_out, r_t), in float64, the scaling in B.
+        by_singular_vectors: Take the singular vectors of the stacks, as published, and not other
+            bases of the same space, which are the same to a rule that commutes with orthogonal
+            maps and cost less.
     """
-    left, sizes, inner_left = thin_singular(np.concatenate([pair.b for pair in pairs], axis=1))
-    right, others, inner_right = thin_singular(np.concatenate([p.a for p in pairs]).T)
-    of_b, of_a = sizes[:, None] * inner_left, inner_right.T * others
+    spanned = principal if by_singular_vectors else orthonormal
+    left, of_b = spanned(np.concatenate([pair.b for pair in pairs], axis=1))
+    right, of_a = spanned(np.concatenate([pair.a for pair in pairs]).T)
     ends = np.cumsum([0, *(len(pair.a) for pair in pairs)])
     parts = [slice(start, stop) for start, stop in pairwise(ends)]
-    return CoreSpace(left, right.T, tuple(of_b[:, part] @ of_a[part] for part in parts))
+    return CoreSpace(left, right, tuple(of_b[:, part] @ of_a[:, part].T for part in parts))
 
 
 def measure_cores(merge: AdapterMerge, layers: Layers) -> Facts:
@@ -68,7 +71,9 @@ def measure_cores(merge: AdapterMerge, layers: Layers) -> Facts:
         return None
     totals: Array | None = None
     for module, copies in layers.items():
-        found = totals_of(rule.method, _arrays(merge, rule, copies, _space(merge, module, copies)))
+        found = totals_of(
+            rule.method, _arrays(merge, rule, copies, _space(merge, rule, module, copies))
+        )
         totals = found if totals is None else totals + found
     assert totals is not None
     return facts_of(rule.method, rule.settings, len(merge.adapters), totals)
@@ -93,7 +98,7 @@ def merge_cores(
         MismatchError: What the rule cannot merge.
     """
     rule = _rule_of(merge)
-    space = _space(merge, module, copies)
+    space = _space(merge, rule, module, copies)
     arrays = _arrays(merge, rule, copies, space)
     facts = merge.facts
     if facts is None:
@@ -105,8 +110,8 @@ def merge_cores(
         keys = [task_key(seed, module, a.posterior.identity) for a in merge.adapters]
     try:
         merged = merge_arrays(rule.method, rule.settings, arrays, merge.scales, facts, keys)
-        rows, columns = space.left.shape[1], space.right.shape[0]
-        return truncate_core(space.left, merged[:rows, :columns], space.right, rank)
+        core = merged[: space.left.size, : space.right.size]
+        return truncate_core(space.left, core, space.right, rank)
     except CheckpointError as error:
         raise CheckpointError(f"'{module}': {error}") from None
     except (ArithmeticError, np.linalg.LinAlgError) as error:
@@ -118,7 +123,7 @@ def _rule_of(merge: AdapterMerge) -> Rule:
     return merge.rule
 
 
-def _space(merge: AdapterMerge, module: str, copies: Sequence[LayerCopy]) -> CoreSpace:
+def _space(merge: AdapterMerge, rule: Rule, module: str, copies: Sequence[LayerCopy]) -> CoreSpace:
     """The core space of those adapters that hold a layer; one of scale zero adds no directions."""
     pairs = [merge.scaled(copy) for copy in copies]
     taken = [
@@ -126,7 +131,7 @@ def _space(merge: AdapterMerge, module: str, copies: Sequence[LayerCopy]) -> Cor
         for copy, pair in zip(copies, pairs, strict=True)
     ]
     try:
-        return core_space(taken)
+        return core_space(taken, by_singular_vectors=not rule.is_equivariant)
     except np.linalg.LinAlgError as error:
         raise CheckpointError(f"'{module}': {error}. Look at the values of its factors.") from None
 
@@ -140,7 +145,7 @@ def _arrays(
     TSV-M keeps min(d_out, d_in) / T directions of each task. The cores are padded with zeros as far
     as it takes to leave each as many as in the layer itself, or all that it has.
     """
-    shape = (space.left.shape[1], space.right.shape[0])
+    shape = (space.left.size, space.right.size)
     if rule.method.matrix is not None and rule.is_equivariant:
         layer = copies[0].layer
         directions = len(merge.adapters) * max(copy.layer.rank for copy in copies)

@@ -16,14 +16,12 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.lora.bases import Basis, orthonormal
 from mergekit_bayes.lora.layers import Factors
-from mergekit_bayes.methods.matrices import Singular, singular
 
 _DENSE = 512  # rows or columns up to which LAPACK's SVD is fast
 _POWERS = 4  # blocks of the Krylov space beyond the first
 _OVERSAMPLING = 8  # columns of a block beyond the rank
-# Of the smallest squared singular value to the largest, above which products of columns tell both.
-_WELL_CONDITIONED = 1e-6
 _BEYOND = (
     "the change of a layer is beyond float32. Look at lora_alpha in adapter_config.json, at "
     "--scale, and at the values of the factors."
@@ -52,48 +50,23 @@ def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
     Raises:
         CheckpointError: The product is beyond float32.
     """
-    u, of_left, p = thin_singular(np.asarray(left, np.float64))
-    v, of_right, q = thin_singular(np.asarray(right, np.float64).T)
-    return truncate_core(u, (of_left[:, None] * p) @ (q.T * of_right), v.T, rank)
-
-
-def thin_singular(matrix: Array) -> Singular:
-    """The singular value decomposition of a stack of factors, (d, k), mostly of few columns.
-
-    That of `X = U S P'` follows from `X' X = P S^2 P'` at a fifth of the cost. It squares the
-    condition number, so that it is taken only where U is orthonormal to 1e-9, which is far below
-    the float32 in which factors are stored; else, as where a factor is shared, X is decomposed.
-
-    Args:
-        matrix: float64. Directions whose singular value is zero up to rounding are left out.
-
-    Raises:
-        CheckpointError: An entry is not finite.
-    """
-    if not np.isfinite(matrix).all():
+    left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise CheckpointError(_BEYOND)
-    rows, columns = matrix.shape
-    if rows > columns > 0:
-        with np.errstate(over="ignore", invalid="ignore"):
-            products = matrix.T @ matrix
-        if np.isfinite(products).all():
-            squares, inner = np.linalg.eigh(products)
-            if squares[0] > _WELL_CONDITIONED * squares[-1]:
-                sizes, inner = np.sqrt(squares[::-1]), inner[:, ::-1]
-                return Singular(matrix @ (inner / sizes), sizes, inner.T)
-    return singular(matrix)
+    columns, rows = orthonormal(left), orthonormal(right.T)
+    return truncate_core(columns.basis, columns.inner @ rows.inner.T, rows.basis, rank)
 
 
-def truncate_core(left: Array, core: Array, right: Array, rank: int) -> Truncated:
-    """The best approximation of `left core right` by factors of a given rank.
+def truncate_core(left: Basis, core: Array, right: Basis, rank: int) -> Truncated:
+    """The best approximation of `U core V'` by factors of a given rank.
 
     The error of the stored factors is the sum of four orthogonal parts, by whether their columns
-    and rows lie in the space, none of which needs more than products with `left` and `right`.
+    and rows lie in the space, none of which needs more than thin products with the bases.
 
     Args:
-        left: Shape (d_out, k), with orthonormal columns, float64.
-        core: Shape (k, l), float64.
-        right: Shape (l, d_in), with orthonormal rows, float64.
+        left: U, (d_out, k).
+        core: (k, l), float64.
+        right: V, (d_in, l).
         rank: Rank of the result.
 
     Raises:
@@ -101,13 +74,13 @@ def truncate_core(left: Array, core: Array, right: Array, rank: int) -> Truncate
     """
     u, sigma, v = _svd(core)
     used = min(rank, sigma.size)
-    factors = _factors(left @ u[:, :used], sigma[:used], v[:used] @ right, rank)
+    factors = _factors(left.times(u[:, :used]), sigma[:used], right.times(v[:used].T).T, rank)
     norm = float(np.linalg.norm(core))
-    b, a = factors.b[:, :used].astype(np.float64), factors.a[:used].astype(np.float64)
-    b_inside, a_inside = left.T @ b, a @ right.T
-    b_outside, a_outside = b - left @ b_inside, a - a_inside @ right
+    b, a = factors.b[:, :used].astype(np.float64), factors.a[:used].T.astype(np.float64)
+    b_inside, a_inside = left.inside(b), right.inside(a)
+    b_outside, a_outside = b - left.times(b_inside), a - right.times(a_inside)
     lacking = math.hypot(
-        float(np.linalg.norm(core - b_inside @ a_inside)),
+        float(np.linalg.norm(core - b_inside @ a_inside.T)),
         _thin_norm(b_inside, a_outside),
         _thin_norm(b_outside, a_inside),
         _thin_norm(b_outside, a_outside),
@@ -166,7 +139,7 @@ def _thin_norm(left: Array, right: Array) -> float:
 
     |b a|^2 = tr(b' b a a') = sum_ij (b' b)_ij (a a')_ij
     """
-    squared = float(np.vdot(left.T @ left, right @ right.T))
+    squared = float(np.vdot(left.T @ left, right.T @ right))
     return math.sqrt(max(squared, 0.0))
 
 
