@@ -6,8 +6,8 @@
 
 Adapters are random, float32. One thread; each row is a process of its own.
 
-A layer: the CPU seconds to merge one layer of d x d of some adapters. "Files": from adapters on
-disk to the merged adapter on disk, in core space and through whole models, which are the merge of
+A layer: the CPU seconds to merge one layer of d x d of some adapters. "Files": from adapters of a
+few layers on disk to the merged adapter on disk, in core space and through whole models, which are the merge of
 BASE+ADAPTER by the same method and the cut of what it changed. "In memory": from factors to the
 factors of the merge, with all products formed at once, merged by the same code as whole models are
 and cut by the same randomised decomposition as a merge by precision; the least that the dense way
@@ -43,6 +43,7 @@ GOAL = 50.0  # times less than through dense weights
 METHODS = ("task_arithmetic", "ties", "dare_ties", "sce", "iso_c", "tsv_m")
 PEFT = "PEFT's svd"
 NAMES = "qkvogud"  # of the seven matrices of a layer
+FEW = 4  # layers of the files that are merged both ways
 ONCE = 60.0  # seconds from which a way is not repeated
 CHUNK = 1 << 20  # entries of a compiled pass
 FUSED = 512  # d from which it is worth to compile
@@ -169,7 +170,7 @@ def measure(given: argparse.Namespace) -> object:
             given, [f"layers.{i}.{n}" for i in range(given.layers) for n in NAMES]
         )
     if given.one == "write one":
-        return write_adapters(given, ["layers.0.q"])
+        return write_adapters(given, [f"layers.{i}.q" for i in range(FEW)], with_base=True)
     if given.one.startswith("merge "):
         return measure_files(given.one.split()[1:])
     if given.one == "peft":
@@ -214,6 +215,7 @@ def measure_layer(given: argparse.Namespace) -> dict:
             last[way] = work()
             seconds[way].append(time.process_time() - begun)
     found = {way: min(each) for way, each in seconds.items()}
+    found |= {way: found[way] / FEW for way in ("files", "models") if way in found}
     return found | {"apart": None if given.one == PEFT else apart(name, last)}
 
 
@@ -347,15 +349,11 @@ def by_models(name: str, rank: int) -> None:
     models = tuple(f"{base}+{ref}" for ref in sorted(folder.glob("a*")))
     config = MergeConfig(models=models, base=str(base), method=name, out=str(out), force=True)
     run_merge(config, threads=1)
-    (before, merged) = (
-        _only_tensor(SafetensorsSource([f / "model.safetensors"]), read_tensor) for f in (base, out)
-    )
-    truncate_dense(np.subtract(merged, before, out=merged), rank)
-
-
-def _only_tensor(source, read):
-    with source:
-        return read(source, next(iter(source.specs)))
+    files = [[folder / "model.safetensors"] for folder in (base, out)]
+    with SafetensorsSource(files[0]) as before, SafetensorsSource(files[1]) as after:
+        for name in before.specs:
+            change = read_tensor(after, name)
+            truncate_dense(np.subtract(change, read_tensor(before, name), out=change), rank)
 
 
 def apart(name: str, last: dict) -> float | None:
@@ -371,8 +369,10 @@ def apart(name: str, last: dict) -> float | None:
     return float(np.linalg.norm(found - dense) / np.linalg.norm(dense))
 
 
-def write_adapters(given: argparse.Namespace, modules: list[str]) -> dict:
-    """Write adapters and, of one layer, their base; return the size of the adapters."""
+def write_adapters(
+    given: argparse.Namespace, modules: list[str], *, with_base: bool = False
+) -> dict:
+    """Write adapters and perhaps their base; return the size of the adapters."""
     import numpy as np
 
     from mergekit_bayes.checkpoint.codec import encode
@@ -380,13 +380,14 @@ def write_adapters(given: argparse.Namespace, modules: list[str]) -> dict:
     from mergekit_bayes.checkpoint.specs import TensorSpec
 
     size, rng = 0, np.random.default_rng(0)
-    if len(modules) == 1:
+    if with_base:
         base = Path(os.environ["ADAPTERS"]) / "base" / "model.safetensors"
         base.parent.mkdir()
         spec = TensorSpec("F32", (given.d, given.d))
-        with SafetensorsSink(base, {f"{modules[0]}.weight": spec}, {}) as sink:
-            weight = rng.normal(0, 0.02, spec.size).astype(np.float32)
-            sink.write_bytes(f"{modules[0]}.weight", 0, encode(weight, "F32"))
+        with SafetensorsSink(base, {f"{m}.weight": spec for m in modules}, {}) as sink:
+            for module in modules:
+                weight = rng.normal(0, 0.02, spec.size).astype(np.float32)
+                sink.write_bytes(f"{module}.weight", 0, encode(weight, "F32"))
     for t in range(given.adapters):
         folder = Path(os.environ["ADAPTERS"]) / f"a{t}"
         folder.mkdir()
