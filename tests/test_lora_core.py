@@ -40,7 +40,7 @@ def by(name, base, tasks, **given):
     method = METHODS[name]
     settings = settings_of(method, given)
     arrays = Arrays(base if method.needs_base or method.takes_base else None, tuple(tasks))
-    facts = facts_of(method, settings, len(tasks), totals_of(method, arrays))
+    facts = facts_of(method, settings, len(tasks), totals_of(method, [arrays]))
     scales = (0.7, 0.4, 0.9)[: len(tasks)] if method.takes_scales else (1.0,) * len(tasks)
     keys = [task_key(0, "m", str(t)) for t in range(len(tasks))]
     return merge_arrays(method, settings, arrays, scales, facts, keys)

@@ -5,7 +5,7 @@ tensor is small and in memory, a rule is called on it as it is: an elementwise o
 one for matrices on a matrix, one for tensors on pieces that are all of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,31 +37,34 @@ def has_model_scope(method: Method, settings: Settings) -> bool:
     return reduction is not None and settings.get("scope", reduction.scope) == "model"
 
 
-def totals_of(method: Method, arrays: Arrays) -> Array:
-    """What the first pass of a method adds up over one tensor; those of several add up.
+def totals_of(method: Method, tensors: Iterable[Arrays]) -> Array:
+    """What the first pass of a method adds up over some tensors.
 
     Args:
         method: The method.
-        arrays: The tensor.
+        tensors: The tensors.
 
     Returns:
         (statistics,) in float64, or (statistics, BINS) in int64 of magnitudes in float32; empty for
         a method without a first pass.
     """
-    reduction = method.reduction
+    reduction, totals = method.reduction, np.zeros(0)
     if reduction is None:
-        return np.zeros(0)
-    base, tasks = _gaussians(arrays)
-    rows: list[Array] = []
-    with np.errstate(all="ignore"), names_the_rule(method):
-        for k in range(reduction.count(len(tasks))):
-            values = reduction.statistic(base if base is not None else tasks[0], tasks, k)
-            if reduction.kind == "sum":
-                rows.append(np.asarray(np.sum(values, dtype=np.float64)))
-            else:
-                bins = bin_of(np.asarray(values, np.float32).reshape(-1))
-                rows.append(np.bincount(bins, minlength=BINS))
-    return np.array(rows)
+        return totals
+    for arrays in tensors:
+        base, tasks = _gaussians(arrays)
+        count = reduction.count(len(tasks))
+        if not totals.size:
+            is_sum = reduction.kind == "sum"
+            totals = np.zeros(count) if is_sum else np.zeros((count, BINS), np.int64)
+        with np.errstate(all="ignore"), names_the_rule(method):
+            for k in range(count):
+                values = reduction.statistic(base if base is not None else tasks[0], tasks, k)
+                if reduction.kind == "sum":
+                    totals[k] += np.sum(values, dtype=np.float64)
+                else:
+                    np.add.at(totals[k], bin_of(np.asarray(values, np.float32).reshape(-1)), 1)
+    return totals
 
 
 def facts_of(method: Method, settings: Settings, tasks: int, totals: Array) -> Facts:

@@ -69,13 +69,11 @@ def measure_cores(merge: AdapterMerge, layers: Layers) -> Facts:
     rule = _rule_of(merge)
     if not rule.has_model_scope:
         return None
-    totals: Array | None = None
-    for module, copies in layers.items():
-        found = totals_of(
-            rule.method, _arrays(merge, rule, copies, _space(merge, rule, module, copies))
-        )
-        totals = found if totals is None else totals + found
-    assert totals is not None
+    arrays = (
+        _arrays(merge, rule, copies, _space(merge, rule, module, copies))
+        for module, copies in layers.items()
+    )
+    totals = totals_of(rule.method, arrays)
     return facts_of(rule.method, rule.settings, len(merge.adapters), totals)
 
 
@@ -102,7 +100,7 @@ def merge_cores(
     arrays = _arrays(merge, rule, copies, space)
     facts = merge.facts
     if facts is None:
-        totals = totals_of(rule.method, arrays)
+        totals = totals_of(rule.method, [arrays])
         facts = facts_of(rule.method, rule.settings, len(merge.adapters), totals)
     keys: list[np.uint64] = []
     if rule.method.random:

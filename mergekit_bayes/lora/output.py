@@ -9,12 +9,10 @@ from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG, PREFIX, WEIGHTS
-from mergekit_bayes.lora.core import merge_cores
-from mergekit_bayes.lora.factors import merge_factors
 from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Replacements, Space
-from mergekit_bayes.lora.products import merge_products
 from mergekit_bayes.lora.replacements import merge_replacement
 from mergekit_bayes.lora.report import MergedLayer
+from mergekit_bayes.lora.spaces import merge_layer
 from mergekit_bayes.records import Progress
 
 # What selects a subset of `target_modules`.
@@ -57,12 +55,7 @@ def write_tensors(
     done: dict[str, MergedLayer] = {}
     with SafetensorsSink(folder / WEIGHTS, specs, {"format": "pt"}) as sink:
         for module, copies in layers.items():
-            if space == "factor":
-                merged = merge_factors(merge, rank, copies)
-            elif space == "core":
-                merged = merge_cores(merge, rank, module, copies)
-            else:
-                merged = merge_products(merge, space, rank, module, copies)
+            merged = merge_layer(merge, space, rank, module, copies)
             for side, factor in zip("AB", merged.factors, strict=True):
                 data = encode(factor.reshape(-1), "F32")
                 sink.write_bytes(f"{PREFIX}{module}.lora_{side}.weight", 0, data)

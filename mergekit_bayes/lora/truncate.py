@@ -50,18 +50,24 @@ def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
     Raises:
         CheckpointError: The product is beyond float32.
     """
+    return truncate_core(*_in_bases(left, right), rank)
+
+
+def _in_bases(left: Array, right: Array) -> tuple[Basis, Array, Basis]:
+    """A product `left right` as `U core V'`.
+
+    Raises:
+        CheckpointError: An entry is not finite.
+    """
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise CheckpointError(_BEYOND)
     columns, rows = orthonormal(left), orthonormal(right.T)
-    return truncate_core(columns.basis, columns.inner @ rows.inner.T, rows.basis, rank)
+    return columns.basis, columns.inner @ rows.inner.T, rows.basis
 
 
 def truncate_core(left: Basis, core: Array, right: Basis, rank: int) -> Truncated:
     """The best approximation of `U core V'` by factors of a given rank.
-
-    The error of the stored factors is the sum of four orthogonal parts, by whether their columns
-    and rows lie in the space, none of which needs more than thin products with the bases.
 
     Args:
         left: U, (d_out, k).
@@ -75,6 +81,15 @@ def truncate_core(left: Basis, core: Array, right: Basis, rank: int) -> Truncate
     u, sigma, v = _svd(core)
     used = min(rank, sigma.size)
     factors = _factors(left.times(u[:, :used]), sigma[:used], right.times(v[:used].T).T, rank)
+    return _measured(left, core, right, factors, used)
+
+
+def _measured(left: Basis, core: Array, right: Basis, factors: Factors, used: int) -> Truncated:
+    """Factors with what they lack of `U core V'`; `used` of them are not zeros.
+
+    The error is that of four orthogonal parts, by whether columns and rows lie in the bases, none
+    of which needs more than thin products with them.
+    """
     norm = float(np.linalg.norm(core))
     b, a = factors.b[:, :used].astype(np.float64), factors.a[:used].T.astype(np.float64)
     b_inside, a_inside = left.inside(b), right.inside(a)
@@ -127,13 +142,6 @@ def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
     return Truncated(factors, float(lacking) / norm if norm else 0.0, norm)
 
 
-def product_norm(left: Array, right: Array) -> float:
-    """Frobenius norm of `left right`, (d_out, k) times (k, d_in), without forming the product."""
-    core_left = np.linalg.qr(np.asarray(left, np.float64)).R
-    core_right = np.linalg.qr(np.asarray(right, np.float64).T).R
-    return float(np.linalg.norm(core_left @ core_right.T))
-
-
 def _thin_norm(left: Array, right: Array) -> float:
     """Frobenius norm of `left right`, (d_out, k) times (k, d_in), to 1e-8 of that of each.
 
@@ -153,12 +161,10 @@ def as_stored(factors: Factors, rank: int, left: Array, right: Array) -> Truncat
         right: See `left`.
     """
     a, b = np.zeros((rank, right.shape[1]), np.float32), np.zeros((left.shape[0], rank), np.float32)
-    a[: len(factors.a)], b[:, : len(factors.a)] = factors.a, factors.b
-    norm = product_norm(left, right)
-    lacking = product_norm(
-        np.concatenate([left, -b.astype(np.float64)], 1), np.concatenate([right, a])
-    )
-    return Truncated(Factors(a, b), lacking / norm if norm else 0.0, norm)
+    used = len(factors.a)
+    a[:used], b[:, :used] = factors.a, factors.b
+    columns, core, rows = _in_bases(left, right)
+    return _measured(columns, core, rows, Factors(a, b), used)
 
 
 def _blocks(matrix: Array, b: Array) -> Iterator[tuple[Array, Array]]:

@@ -7,12 +7,13 @@
 Adapters are random, float32. One thread; each row is a process of its own.
 
 A layer: the CPU seconds to merge one layer of d x d of some adapters. "Files": from adapters of a
-few layers on disk to the merged adapter on disk, in core space and through whole models, which are the merge of
-BASE+ADAPTER by the same method and the cut of what it changed. "In memory": from factors to the
-factors of the merge, with all products formed at once, merged by the same code as whole models are
-and cut by the same randomised decomposition as a merge by precision; the least that the dense way
-can cost. A rule for matrices is given products in float64 there: in float32 rounding leaves as many
-directions as the weight has, which TSV-M and Iso-C take for the adapters' (--rounded shows it).
+few layers on disk to the merged adapter on disk, in core space and through whole models, which are
+the merge of BASE+ADAPTER by the same method and the cut of what it changed. "In memory": from
+factors to the factors of the merge, with all products formed at once, merged by the same code as
+whole models are and cut by the same randomised decomposition as a merge by precision; the least
+that the dense way can cost. A rule for matrices is given products in float64 there: in float32
+rounding leaves as many directions as the weight has, which TSV-M and Iso-C take for the adapters'
+(--rounded shows it).
 
 The fewest seconds of some repetitions, in which all take their turn; what takes a minute is done
 once. The difference is that of the uncut merges in memory, relative to the dense one, where both
@@ -248,7 +249,7 @@ def by_core(name: str, factors: list, rank: int) -> tuple:
     is_published = not method.is_equivariant(settings)
     space = core_space(pairs, by_singular_vectors=is_published)
     arrays = Arrays(np.zeros_like(space.cores[0]), space.cores)
-    facts = facts_of(method, settings, len(factors), totals_of(method, arrays))
+    facts = facts_of(method, settings, len(factors), totals_of(method, [arrays]))
     scales = (1.0,) * len(factors)
     keys = [np.uint64(t) for t in range(len(factors))] if method.random else ()
     merged = merge_arrays(method, settings, arrays, scales, facts, keys)
@@ -272,7 +273,7 @@ def by_dense(name: str, factors: list, rank: int, *, rounded: bool) -> tuple:
         np.matmul(b.astype(real), a.astype(real), out=change)
     scales = (1.0,) * len(factors)
     if method.matrix is not None:
-        wide = [change.astype(np.float64) for change in changes]
+        wide = [change.astype(np.float64, copy=False) for change in changes]
         merged = merge_arrays(method, settings, Arrays(wide[0], tuple(wide[1:])), scales)
         merged = merged.astype(np.float32)
     elif method.tensor is not None:
