@@ -14,7 +14,6 @@ from mergekit_bayes.lora import merge_adapters
 from mergekit_bayes.lora.bases import orthonormal, principal
 from mergekit_bayes.lora.core import core_space
 from mergekit_bayes.lora.layers import Factors
-from mergekit_bayes.lora.rules import merges_changes
 from mergekit_bayes.lora.truncate import truncate_core
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.methods import METHODS, settings_of
@@ -22,7 +21,7 @@ from tests import tiny
 from tests.adapters import adapter, factors, product
 
 WITHOUT_PRECISION = sorted(n for n, m in METHODS.items() if not m.needs_precision)
-OF_CHANGES = sorted(n for n, m in METHODS.items() if merges_changes(m))
+OF_CHANGES = sorted(n for n, m in METHODS.items() if m.merges_changes)
 EQUIVARIANT = [n for n in OF_CHANGES if METHODS[n].is_equivariant(settings_of(METHODS[n], {}))]
 SHAPES = {"m.q": (20, 24), "m.k": (24, 20), "m.small": (5, 30)}
 

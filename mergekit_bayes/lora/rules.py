@@ -63,7 +63,7 @@ def choose_rule(
             "--weights precision without --method, or put the base before each: BASE+ADAPTER."
         )
     if method.reads_weights:
-        others = [m.name for m in METHODS.values() if merges_changes(m)]
+        others = [m.name for m in METHODS.values() if m.merges_changes]
         raise ConfigError(
             f"--method {method.name} needs the weights of the models, and adapters alone tell only "
             f"what changed: put the base before each, BASE+ADAPTER, or take one of "
@@ -80,11 +80,6 @@ def choose_rule(
     if method.reduction is None:
         facts_of(method, settings, count, np.zeros(0))  # it may refuse the settings
     return Rule(method, settings)
-
-
-def merges_changes(method: Method) -> bool:
-    """Whether a method needs no more of models than what each changed of their base."""
-    return not (method.needs_precision or method.reads_weights)
 
 
 def check_space(name: str | None, given: Mapping[str, float | str], space: str) -> None:

@@ -187,6 +187,11 @@ class Method(NamedTuple):
                 digest.update(hashlib.file_digest(source, "sha256").digest())
         return digest.hexdigest()
 
+    @property
+    def merges_changes(self) -> bool:
+        """Whether it needs no more of models than what each changed of their base."""
+        return not (self.needs_precision or self.reads_weights)
+
     def is_equivariant(self, settings: Settings) -> bool:
         """Whether it commutes with orthogonal maps of a matrix's outputs and inputs.
 
