@@ -291,7 +291,9 @@ def test_entries_of_experts_do_not_depend_on_the_chunk_and_have_their_precision(
                     np.testing.assert_array_equal(part, whole[start:stop])
 
 
-@pytest.mark.parametrize(("space", "rank"), [("product", 4), ("concat", None), ("product", None)])
+@pytest.mark.parametrize(
+    ("space", "rank"), [("product", 4), ("concat", None), ("core", 4), ("product", None)]
+)
 def test_merged_adapters_of_experts_are_the_sum_of_their_changes_in_peft(tmp_path, space, rank):
     base = tiny_mixtral(tmp_path / "base")
     first = {"target_modules": ["q_proj"], "target_parameters": BOTH[1:]}

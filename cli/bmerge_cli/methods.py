@@ -47,6 +47,7 @@ def _document(method: Method) -> dict[str, object]:
         "takes_base": method.needs_base or method.takes_base,
         "needs_precision": method.needs_precision,
         "needs_matrices": method.needs_matrices,
+        "adapters_alone": method.merges_changes,
         "models": method.tasks,
         "writes_posterior": method.writes_posterior,
         "parameters": [
@@ -73,7 +74,8 @@ def _needs(method: Method) -> str:
     if method.needs_precision and method.needs_matrices:
         precision += " by `bmerge precision --estimator inputs`"
     posterior = "; writes a posterior" if method.writes_posterior else ""
-    return base + models + precision + posterior
+    alone = "; adapters alone, too" if method.merges_changes else ""
+    return base + models + precision + posterior + alone
 
 
 def _bounds(parameter: Parameter) -> str:

@@ -46,10 +46,14 @@ def check_options(
         raise ConfigError(
             "--space concat is exact task arithmetic and weighs no entries; use --space product."
         )
-    if rank is not None and space != "product":
+    if space == "core" and weights == "precision":
         raise ConfigError(
-            f"--rank is for --space product; --space {space} keeps the ranks that the adapters "
-            "have."
+            "--space core weighs no entries; use --space product with --weights precision."
+        )
+    if rank is not None and space not in ("product", "core"):
+        raise ConfigError(
+            f"--rank is for --space product and core; --space {space} keeps the ranks that the "
+            "adapters have."
         )
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: expected at least 1.")

@@ -14,9 +14,11 @@ from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.experts import by_expert
 from mergekit_bayes.lora.layers import Factors, Layer
 from mergekit_bayes.lora.parameters import WEIGHT
+from mergekit_bayes.lora.rules import Rule
+from mergekit_bayes.methods.base import Facts
 
 _SINGLE = re.compile(r"(?P<owner>.+)\.\d+\.\w+")  # a module of one expert
-Space = Literal["product", "concat", "factor"]
+Space = Literal["product", "concat", "factor", "core"]
 Weights = Literal["uniform", "precision"]
 
 
@@ -49,6 +51,8 @@ class AdapterMerge(NamedTuple):
         weights: Whether entries are weighed by precision.
         seed: Seed of the SVD of large layers.
         averaged: In factor space, factors are averaged because they started from one A.
+        rule: In core space, the method by which cores are merged.
+        facts: In core space, what the method found in all layers before it merges one.
     """
 
     adapters: Sequence[Adapter]
@@ -57,6 +61,8 @@ class AdapterMerge(NamedTuple):
     weights: Weights
     seed: int
     averaged: bool = False
+    rule: Rule | None = None
+    facts: Facts = None
 
     def scaled(self, copy: LayerCopy) -> Factors:
         """A and `s B` of a layer, in float64."""

@@ -11,13 +11,12 @@ from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG, PREFIX, WEIGHTS
 from mergekit_bayes.lora.experts import group_experts, join_experts
-from mergekit_bayes.lora.factors import merge_factors
 from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Replacements, Space
 from mergekit_bayes.lora.parameters import WEIGHT, wrapped_names
-from mergekit_bayes.lora.products import merge_products
 from mergekit_bayes.lora.replacements import merge_replacement
 from mergekit_bayes.lora.report import MergedLayer
 from mergekit_bayes.lora.shifts import have_shifts, merge_shifts
+from mergekit_bayes.lora.spaces import merge_layer
 from mergekit_bayes.records import Progress
 
 # What selects a subset of `target_modules`.
@@ -64,12 +63,7 @@ def write_tensors(
     done: dict[str, MergedLayer] = {}
     with SafetensorsSink(folder / WEIGHTS, specs, {"format": "pt"}) as sink:
         for module, experts in stacks.items():
-            merged = [
-                merge_factors(merge, rank, layers[name])
-                if space == "factor"
-                else merge_products(merge, space, rank, name, layers[name])
-                for name in experts
-            ]
+            merged = [merge_layer(merge, space, rank, name, layers[name]) for name in experts]
             factors, copies = join_experts([m.factors for m in merged]), layers[experts[0]]
             for name, factor in zip(names[module], factors, strict=True):
                 sink.write_bytes(PREFIX + name, 0, encode(factor.reshape(-1), "F32"))

@@ -14,6 +14,7 @@ from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.inputs import AdapterMerge, LayerCopy, Layers
+from mergekit_bayes.lora.rules import Rule
 
 
 def have_shifts(layers: Layers) -> bool:
@@ -35,6 +36,19 @@ def have_shifts(layers: Layers) -> bool:
             "`bmerge merge BASE+A BASE+B --base BASE`."
         )
     return True
+
+
+def check_shifts(layers: Layers, rule: Rule) -> None:
+    """Refuse a method other than a sum where adapters add something to biases.
+
+    Raises:
+        ConfigError: It merges matrices, and says nothing of biases.
+    """
+    if have_shifts(layers) and not rule.is_a_sum:
+        raise ConfigError(
+            f"--method {rule.method.name} merges matrices, and some of these adapters have biases "
+            "(lora_bias). Leave --method out, or fold: `bmerge merge BASE+A BASE+B`."
+        )
 
 
 def merge_shifts(merge: AdapterMerge, copies: Sequence[LayerCopy]) -> Array:

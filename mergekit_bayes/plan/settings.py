@@ -146,15 +146,16 @@ class MergeConfig(Config):
         description="tensor or row: replace each precision by the mean of its tensor or row, as a "
         "control of what single entries contribute.",
     )
-    space: Literal["product", "concat", "factor"] = Field(
+    space: Literal["product", "concat", "factor", "core"] = Field(
         "product",
         description="Adapters only: product (merge the products of the factors), concat (their "
-        "exact sum) or factor (merge factor by factor).",
+        "exact sum), factor (merge factor by factor) or core (merge the products by --method, in "
+        "the small space of their common directions; the default with --method).",
     )
     rank: int | None = Field(
         None,
-        description="Adapters only: rank of the merged adapter in product space; by default the "
-        "largest of theirs.",
+        description="Adapters only: rank of the merged adapter in product or core space; by "
+        "default the largest of theirs.",
     )
     identities: dict[str, str] = Field(
         {}, description="Recipes only: the content hash that each model must have."
