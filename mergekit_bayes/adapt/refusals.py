@@ -57,8 +57,7 @@ def refuse_start(config: AdaptConfig) -> None:
         base, adapter = refs
         raise ConfigError(
             f"'{adapter}' is an adapter, and an adaptation starts from a whole model. Fold it into "
-            f"its base first: `bmerge merge {base}+{adapter} --base {base} --weights uniform -o "
-            "WHOLE`."
+            f"its base first: `bmerge merge {base}+{adapter} -o WHOLE`."
         )
     remote = config.trust_remote_code
     if config.task == "classification" and not is_classifier(

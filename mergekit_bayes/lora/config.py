@@ -13,6 +13,7 @@ from mergekit_bayes.lora.writers import explain_config, explain_files, way_out
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor name in WEIGHTS
+BASE = "base_identity"  # of the metadata of WEIGHTS: the content hash of the base
 
 # Settings under which an adapter is more than `s B A` on some weights, so that no dense change
 # describes it.

@@ -53,8 +53,8 @@ def plan_recipe(
     Args:
         recipe: What is merged.
         settings: Where the output goes, and the rules of every merge (`force`, `verify`,
-            `on_missing`, `on_config`, `on_bad`, `side_files`, `max_shard_size`). What the recipe
-            says itself is not read from them.
+            `on_missing`, `on_config`, `on_bad`, `on_base`, `side_files`, `max_shard_size`). What
+            the recipe says itself is not read from them.
         seed: Of a random method, in place of that of the recipe, `parameters.seed`, or 0.
         outputs: The outputs of earlier documents, by name.
 
@@ -67,7 +67,9 @@ def plan_recipe(
     method, parts = checked_parts(recipe, settings, seed)
     notes: list[str] = []
     with ExitStack() as stack:
-        models = open_models(recipe, parts, outputs or {}, stack)
+        models = open_models(
+            recipe, parts, outputs or {}, stack, on_other_base=settings.on_base == "apply"
+        )
         tokens, tokenizer = None, recipe.tokenizer
         if tokenizer is None and settings.vocab == "union":
             tokenizer = Tokenizer()

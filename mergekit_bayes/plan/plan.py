@@ -13,7 +13,7 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.checkpoint.stamps import Stamp, documents_in, refuse_changed, stamps_of
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.lora import is_adapter, open_model
+from mergekit_bayes.lora import is_adapter, open_model, refuse_other_base
 from mergekit_bayes.lora.writers import refuse_factors
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.corrections import correct_config
@@ -33,6 +33,7 @@ from mergekit_bayes.plan.options import (
     parse_shrink,
 )
 from mergekit_bayes.plan.outputs import choose_target, split_shards
+from mergekit_bayes.plan.own_base import on_own_base
 from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files, refuse_links
@@ -165,7 +166,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         PrecisionError: A precision that is missing or belongs to other weights.
     """
     notes: list[str] = []
-    config = along_trajectory(config, notes)
+    config = along_trajectory(on_own_base(config), notes)
     scales, rules = parse_scales(config)
     method, settings = choose_method(config)
     check_options(config, method, scales, rules)
@@ -256,6 +257,8 @@ def _open_inputs(
     inputs = Inputs(base, tuple(tasks))
     for model in inputs:
         refuse_incomplete(model.posterior)
+        if config.on_base == "error":
+            refuse_other_base(model.posterior)
     return inputs
 
 
