@@ -1,6 +1,7 @@
 """Adapters that are no plain product, or do not fit their base, are refused by name."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.lora import open_adapted, open_adapter
+from mergekit_bayes.lora import open_adapted, open_adapter, refuse_other_base
 from mergekit_bayes.posterior import identify
 from tests.adapters import adapter, base, factors, precise
 
@@ -140,7 +141,15 @@ def test_another_base_than_the_recorded_one_is_told(tmp_path):
     folder = base(tmp_path / "base")
     with SafetensorsSource(checkpoint_files(folder)) as source:
         adapter(tmp_path / "a", made, precision=precise(made, 0), info={"base": identify(source)})
-    with open_adapted(f"{folder}+{tmp_path / 'a'}") as opened:
-        assert opened.mean.notes == ()
-    with open_adapted(f"{base(tmp_path / 'half', 'BF16')}+{tmp_path / 'a'}") as other:
-        assert "trained on other weights" in other.mean.notes[0]
+    half = base(tmp_path / "half", "BF16")
+    for with_precision in (True, False):  # a merge by equal weights opens none
+        for path, is_other in ((folder, False), (half, True)):
+            with open_adapted(f"{path}+{tmp_path / 'a'}", with_precision=with_precision) as opened:
+                notes = [n for n in opened.mean.notes if "trained on other weights" in n]
+                assert len(notes) == is_other
+                with (
+                    pytest.raises(MismatchError, match=r"Name the base .* --on-base apply")
+                    if is_other
+                    else nullcontext()
+                ):
+                    refuse_other_base(opened)

@@ -1,7 +1,7 @@
 """A base with an adapter as one dense model, whose entries are computed as they are read."""
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -175,15 +175,18 @@ class AdaptedSource(Closing):
     @property
     def notes(self) -> tuple[str, ...]:
         """What a plan reports of it: what of the adapter is left out, and another base."""
-        info = self.adapter.posterior.info
+        return self._notes if self.other_base is None else (*self._notes, self.other_base)
+
+    @cached_property
+    def other_base(self) -> str | None:
+        """That the adapter records a base of other weights than this one; None if it does not."""
+        if self.adapter.base is None or identity(self.base) == self.adapter.base:
+            return None
         named = self.adapter.config.get("base_model_name_or_path")
-        if info is not None and info.base is not None and identity(self.base) != info.base.blocks:
-            return (
-                *self._notes,
-                f"'{self.adapter.ref}' was trained on other weights ('{named}') than those it is "
-                "applied to",
-            )
-        return self._notes
+        return (
+            f"'{self.adapter.ref}' was trained on other weights ('{named}') than those it is "
+            "applied to"
+        )
 
     def where(self, name: str) -> str:
         """The file or files of which a tensor is made, for messages."""

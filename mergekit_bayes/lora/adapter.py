@@ -11,7 +11,7 @@ A layer changes its weight by `s B A`, `s = alpha / r` or, rank-stabilised, `alp
 import hashlib
 import shlex
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,12 +20,13 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import is_bad_precision, read_tensor
 from mergekit_bayes.checkpoint.foreign import explain_missing
 from mergekit_bayes.checkpoint.identity import identity
-from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.checkpoint.specs import Array, Closing
-from mergekit_bayes.errors import CheckpointError, PrecisionError
+from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.lora.config import CONFIG, WEIGHTS, LoraConfig, read_config
+from mergekit_bayes.lora.config import BASE, CONFIG, WEIGHTS, LoraConfig, read_config
 from mergekit_bayes.lora.experts import Pair, Recent, of_expert
 from mergekit_bayes.lora.layers import Factors, Layer, is_of_training, is_original, read_layers
 from mergekit_bayes.lora.tokens import TrainedRows
@@ -33,6 +34,7 @@ from mergekit_bayes.lora.writers import explain_files
 from mergekit_bayes.posterior import Posterior, open_posterior
 from mergekit_bayes.posterior.directions import refuse_matrices
 from mergekit_bayes.posterior.forms import is_form_of
+from mergekit_bayes.posterior.info import read_info
 
 # Key of `PosteriorInfo.training`: `initial_identity` of the A's with which a run started.
 INITIAL_A = "initial_A"
@@ -54,6 +56,8 @@ class Adapter(Closing):
             replaced, and second copies of one tensor.
         rows: Rows of tensors that replace the base's (`trainable_token_indices`), by the name in
             the model.
+        base: The content hash (sampled blocks) of the base that it was made on; None if no file
+            records it.
     """
 
     posterior: Posterior
@@ -62,6 +66,7 @@ class Adapter(Closing):
     replacements: Mapping[str, str]
     unused: tuple[str, ...] = ()
     rows: Mapping[str, TrainedRows] = field(default_factory=dict)
+    base: str | None = None
     _recent: Recent[Pair] = field(default_factory=lambda: Recent(_KEPT), repr=False, compare=False)
 
     @property
@@ -238,13 +243,32 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
                 f"the precision of '{ref}' was taken at other weights than these: its record of "
                 "them differs. Use the precision that belongs to them."
             )
+        base = _recorded_base(posterior)
         stack.pop_all()  # the adapter owns the files from here on
-    return Adapter(posterior, config, *tensors)
+    return Adapter(posterior, config, *tensors, base=base)
 
 
 def is_adapter(path: Path) -> bool:
     """Whether the tensors of a folder or file are an adapter's."""
     return checkpoint_files(path)[0].name == WEIGHTS
+
+
+def _recorded_base(posterior: Posterior) -> str | None:
+    """The hash of an adapter's base, which its file or its posterior records.
+
+    A merge by equal weights opens no posterior and reads its record alone.
+    """
+    if (base := posterior.mean.metadata.get(BASE)) is not None:
+        return base
+    info = posterior.info
+    if info is None:
+        # What is wrong with a precision that is not used is no matter of this merge.
+        with suppress(BmergeError), ExitStack() as stack:
+            if files := precision_files(posterior.path):
+                info = read_info(stack.enter_context(SafetensorsSource(files[:1])))
+            if info is not None and identity(posterior.mean) != info.mean.blocks:
+                info = None
+    return None if info is None or info.base is None else info.base.blocks
 
 
 def _explain_missing(folder: Path, ref: str) -> str:

@@ -15,6 +15,7 @@ from mergekit_bayes.lora.writers import explain_config, explain_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor name in WEIGHTS
+BASE = "base_identity"  # of the metadata of WEIGHTS: the content hash of the base
 
 
 class LoraConfig(TypedDict, total=False):
