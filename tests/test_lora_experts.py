@@ -461,6 +461,23 @@ INNER = {"model.layers.0.mlp.experts.base_layer": ((24, 8), (8, 8))}
             CheckpointError,
             "are for one weight of the model",
         ),
+        (
+            stack_factors(module="self_attn.q_proj", count=1, columns=8)
+            | {
+                "base_model.model.model.layers.0.mlp.experts.modules_to_save.down_proj": np.ones(
+                    (4, 8, 12), np.float32
+                )
+            },
+            {"target_modules": ["q_proj"], "modules_to_save": ["experts"]},
+            ConfigError,
+            r"replaces 'model.layers.0.mlp.experts.down_proj'.* stores in pieces",
+        ),
+        (
+            stack_factors(more={"model.layers.0.mlp.experts.down_projs.0": ((8, 2), (2, 12))}),
+            {**DOWN, "target_modules": ["down_projs.0"]},
+            MismatchError,
+            "experts of a gpt-oss that was quantised for training",
+        ),
         (stack_factors(), {**DOWN, "layer_replication": [[0, 1]]}, ConfigError, "layer_repl"),
         (stack_factors(), {**DOWN, "init_lora_weights": "olora"}, ConfigError, "no linear layer"),
     ],

@@ -49,6 +49,13 @@ class Target(NamedTuple):
     is_parameter: bool = False
 
 
+class _Named(NamedTuple):
+    """The entries of `target_parameters`: names by their module, or its end, and those without."""
+
+    by_owner: Mapping[str, list[str]]
+    bare: list[str]
+
+
 def find_targets(config: LoraConfig, modules: Collection[str], where: str) -> dict[str, Target]:
     """Find what each pair of factors adapts.
 
@@ -85,9 +92,9 @@ def find_targets(config: LoraConfig, modules: Collection[str], where: str) -> di
                 f"{where}: the factors of '{other}' and of '{stored}' are for one weight of the "
                 "model. Save the adapter again."
             )
-    targets: dict[str, Target] = {}
+    targets, named = dict[str, Target](), _named_parameters(config)
     for module, stored_at in wrappers.items():
-        names = _parameters(config, module, len(stored_at), where)
+        names = _parameters(config, named, module, len(stored_at), where)
         _check_wrappers(module, stored_at, names, where)
         for depth, name in enumerate(reversed(names)):
             targets[stored_at[depth]] = Target(module, name, f"{module}.{name}", True)
@@ -196,16 +203,21 @@ def _bare(name: str) -> str:
     return name.replace(f"{_WRAPPED}.", ".")
 
 
-def _parameters(config: LoraConfig, module: str, count: int, where: str) -> list[str]:
+def _parameters(
+    config: LoraConfig, named: _Named, module: str, count: int, where: str
+) -> list[str]:
     """The parameters of a module that are adapted, in order; none if its weight is, as usual."""
-    exact, bare = _split(_matches(config, module))
-    if not (exact or bare) or _is_module_targeted(config, module):
+    words = module.split(".")
+    ends = (".".join(words[start:]) for start in range(len(words)))
+    exact = list(dict.fromkeys(name for end in ends for name in named.by_owner.get(end, ())))
+    if not (exact or named.bare) or _is_module_targeted(config, module):
         return []
-    names = exact if count <= len(exact) else exact + [name for name in bare if name not in exact]
+    more = [] if count <= len(exact) else [name for name in named.bare if name not in exact]
+    names = exact + more
     if count < len(names):
         raise ConfigError(
             f"{where}: '{module}' has the factors of {count} of its parameters, and {CONFIG} names "
-            f"{len(names)} that they may be ({', '.join(names)}). {FOLD}"
+            f"{len(names)} that they may be ({', '.join(names[:4])}). {FOLD}"
         )
     unknown = [name for name in names if name not in _ORDER]
     if len(names) > 1 and unknown:
@@ -217,19 +229,12 @@ def _parameters(config: LoraConfig, module: str, count: int, where: str) -> list
     return sorted(names, key=_ORDER.index) if len(names) > 1 else names
 
 
-def _matches(config: LoraConfig, module: str) -> list[tuple[str, bool]]:
-    """The parameters that entries of `target_parameters` name, and whether with their module."""
-    matches = []
-    for target in config.get("target_parameters") or ():
+def _named_parameters(config: LoraConfig) -> _Named:
+    by_owner: dict[str, list[str]] = {}
+    for target in dict.fromkeys(config.get("target_parameters") or ()):
         owner, _, name = target.rpartition(".")
-        if not owner or module == owner or module.endswith(f".{owner}"):
-            matches.append((name, bool(owner)))
-    return matches
-
-
-def _split(matches: list[tuple[str, bool]]) -> tuple[list[str], list[str]]:
-    exact = dict.fromkeys(name for name, has_owner in matches if has_owner)
-    return list(exact), list(dict.fromkeys(n for n, has_owner in matches if not has_owner))
+        by_owner.setdefault(owner, []).append(name)
+    return _Named(by_owner, by_owner.pop("", []))
 
 
 def _is_module_targeted(config: LoraConfig, module: str) -> bool:

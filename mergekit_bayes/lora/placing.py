@@ -65,7 +65,7 @@ def place_adapter(
     """
     weights = {layer.tensor: layer for layer in adapter.layers.values()}
     stored = adapter.posterior.mean.specs
-    view = view_base(base, weights.values())
+    view = view_base(base, weights.values(), adapter.replacements)
     stored_specs = {**view.specs, **{h: base.specs[e] for h, e in (heads or {}).items()}}
     renaming = _find_renaming(view, stored_specs, adapter, weights)
     layers = {renaming(name): layer for name, layer in weights.items()}

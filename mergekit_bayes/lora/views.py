@@ -22,9 +22,9 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource, TensorS
 from mergekit_bayes.lora.layers import Layer
 from mergekit_bayes.lora.writers import FOLD
 
-# The two stacked parameters of gated experts and the tensors that files may hold for each expert,
+# The stacked parameters of experts and the tensors that files may hold for each expert,
 # in the order of rows (transformers 5.23, `conversion_mapping.py`).
-_GATE_UP, _DOWN, _UP = "gate_up_proj", "down_proj", "up_proj"
+_STACKED = _GATE_UP, _DOWN, _UP = "gate_up_proj", "down_proj", "up_proj"
 _GATED = (
     {_GATE_UP: ("gate_proj", "up_proj"), _DOWN: ("down_proj",)},
     {_GATE_UP: ("w1", "w3"), _DOWN: ("w2",)},
@@ -43,6 +43,8 @@ _FUSED = (
     *("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "qkv", "att_proj", "in_proj_weight"),
     *("gate_up_proj", "up_gate_proj", "w12", "weights_in", "ff_proj", "dense_h_to_4h"),
 )
+# The experts of a gpt-oss that bitsandbytes quantised are modules of their own.
+_SPLIT_EXPERTS = ("gate_up_projs", "down_projs")
 _SPLIT = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "gate_proj", "up_proj")
 _BLOCK = re.compile(r".*?\.\d+\.")  # the beginning of a name up to the number of its block
 
@@ -98,27 +100,28 @@ class _Made(NamedTuple):
     segments: tuple[Segment, ...]
 
 
-def view_base(base: CheckpointSource, layers: Iterable[Layer]) -> View:
+def view_base(base: CheckpointSource, layers: Iterable[Layer], whole: Iterable[str] = ()) -> View:
     """See a base as an adapter does.
 
     Args:
         base: The base.
         layers: The adapter's layers. A base that holds all that they adapt is left as it is.
+        whole: The tensors that the adapter holds whole.
     """
     missing = [layer for layer in layers if layer.tensor not in base.specs]
-    owners = {
-        layer.module.rpartition(".")[2]
-        for layer in missing
-        if layer.is_parameter and layer.parameter in (_GATE_UP, _DOWN, _UP)
-    }
+    stacks = [
+        layer.tensor for layer in missing if layer.is_parameter and layer.parameter in _STACKED
+    ]
+    others = [name for name in whole if name not in base.specs]
+    stacks += [name for name in others if name.rpartition(".")[2] in _STACKED]
     singles = [match for layer in missing if (match := _SINGLE.fullmatch(layer.tensor))]
-    if owners:
-        made = _stack_experts(base.specs, owners)
+    if stacks:
+        made = _stack_experts(base.specs, {name.rpartition(".")[0] for name in stacks})
     elif singles:
         made = _split_experts(base.specs, {match["piece"] for match in singles})
     else:
         made = _split_phi3(base, missing)
-    return _view(base, dict(made), _other_words(base, [layer.tensor for layer in missing]))
+    return _view(base, dict(made), _other_words(base, [x.tensor for x in missing] + others))
 
 
 def _other_words(base: CheckpointSource, missing: Sequence[str]) -> tuple[str, str] | None:
@@ -155,11 +158,12 @@ def _view(base: CheckpointSource, made: Mapping[str, _Made], words: tuple[str, s
 def _stack_experts(
     specs: Mapping[str, TensorSpec], owners: Collection[str]
 ) -> Iterator[tuple[str, _Made]]:
-    """Stack experts that are stored one by one, below modules whose names end in `owners`."""
+    """Stack experts that are stored one by one, below modules with the last word of `owners`."""
+    words = {owner.rpartition(".")[2] for owner in owners}
     groups: dict[str, dict[str, dict[int, str]]] = {}
     for name in specs:
         match = _SINGLE.fullmatch(name)
-        if match and match["owner"].rpartition(".")[2] in owners:
+        if match and match["owner"].rpartition(".")[2] in words:
             experts = groups.setdefault(match["owner"], {}).setdefault(match["piece"], {})
             experts[int(match["expert"])] = name
     for owner, pieces in groups.items():
@@ -279,12 +283,18 @@ def explain_fused(view: View, name: str) -> str | None:
     Returns:
         None if it has neither.
     """
-    module = name.removesuffix(".weight").rpartition(".")[2]
+    words = name.removesuffix(".weight").split(".")
+    module = words[-1]
+    if any(word in words for word in _SPLIT_EXPERTS):
+        return (
+            "These are experts of a gpt-oss that was quantised for training; the base has them "
+            f"stacked, and in which order of rows is not known. {FOLD}"
+        )
     others = _FUSED if module in _SPLIT else _SPLIT if module in _FUSED else ()
     block = _BLOCK.match(name)
     for stored in view.base.specs if others and block else ():
-        words = stored.split(".")
-        if block and stored.startswith(block[0]) and any(word in others for word in words[-2:]):
+        ends = stored.split(".")[-2:]
+        if block and stored.startswith(block[0]) and any(word in others for word in ends):
             return (
                 f"The base has '{stored}': it stores fused what the adapter has in pieces, or the "
                 "reverse, and which rows are whose is known to the model's code only. "
