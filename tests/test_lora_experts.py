@@ -182,16 +182,18 @@ def stacked_base(folder, base):
     return folder
 
 
-@pytest.mark.parametrize("only", ["", "experts.2.w1", "w2", "gate"])
-def test_adapters_of_single_experts_fit_both_kinds_of_bases(tmp_path, only):
+@pytest.mark.parametrize(
+    ("only", "scaling"), [("", 1.5), ("experts.2.w1", 3 / 2**0.5), ("w2", 1.5), ("gate", 1.5)]
+)
+def test_adapters_of_single_experts_fit_both_kinds_of_bases(tmp_path, only, scaling):
     base = tiny_mixtral(tmp_path / "base")
-    single_expert_adapter(tmp_path / "a", only)
+    single_expert_adapter(tmp_path / "a", only, use_rslora=scaling != 1.5)
     expected = {n: t.numpy() for n, t in load_file(base / "model.safetensors").items()}
     factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     for name in [name for name in factors if "lora_A" in name]:
         product = factors[name.replace("lora_A", "lora_B")].double() @ factors[name].double()
         weight = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
-        expected[weight] = expected[weight] + 1.5 * product.numpy()
+        expected[weight] = expected[weight] + scaling * product.numpy()
     equals(base, tmp_path / "a", expected)
     equals(stacked_base(tmp_path / "stacked", base), tmp_path / "a", stacked(expected))
 
@@ -232,8 +234,11 @@ def test_adapters_of_a_split_phi3_fit_the_fused_one(tmp_path, modules):
     equals(base, tmp_path / "a", expected)
 
 
-def give_precision(folder, seed=0):
-    """Give an adapter of rank 2 a precision; returns the mean and variance of every stack."""
+def give_precision(folder, seed=0, counted=1.0):
+    """Give an adapter of rank 2 a precision; returns the mean and variance of every stack.
+
+    The variance is that of `counted` times the 100 observations on record.
+    """
     with open_adapter(str(folder)) as adapter:
         specs = adapter.posterior.mean.specs
         rng = np.random.default_rng(seed)
@@ -246,7 +251,7 @@ def give_precision(folder, seed=0):
     moments = {}
     for name, layer in layers.items():
         a, b = factors[layer.a].double().numpy(), factors[layer.b].double().numpy()
-        va, vb = 1 / precision[layer.a].astype("f8"), 1 / precision[layer.b].astype("f8")
+        va, vb = (1 / counted / precision[side].astype("f8") for side in (layer.a, layer.b))
         pairs = [
             (a[2 * e : 2 * e + 2], b[:, e::4], va[2 * e : 2 * e + 2], vb[:, e::4], 1.5)
             for e in range(4)
@@ -263,7 +268,7 @@ def test_entries_of_experts_do_not_depend_on_the_chunk_and_have_their_precision(
     base = tiny_mixtral(tmp_path / "base")
     config = {"target_modules": [], "target_parameters": BOTH}
     peft_adapter(tmp_path / "a", base, r=2, lora_alpha=3, **config)
-    moments = give_precision(tmp_path / "a")
+    moments = give_precision(tmp_path / "a", counted=0.25)
     expected = {name: variance for name, (_, variance) in moments.items()}
     rng = np.random.default_rng(1)
     if is_stacked:
@@ -277,10 +282,14 @@ def test_entries_of_experts_do_not_depend_on_the_chunk_and_have_their_precision(
         }
     with open_adapted(f"{base}+{tmp_path / 'a'}") as opened:
         assert set(opened.precision.specs) == set(expected)
+        name = next(iter(expected))
+        recorded = read_tensor(opened.precision, name)
+        precision = opened.precision.counted(25.0)
+        assert (read_tensor(precision, name) < recorded).all()
         for name, variance in expected.items():
-            found = read_tensor(opened.precision, name)
+            found = read_tensor(precision, name)
             np.testing.assert_allclose(found, 1 / (variance + VARIANCE_FLOOR), rtol=1e-5)
-        for source in (opened.mean, opened.precision):
+        for source in (opened.mean, precision):
             for name in expected:
                 whole = np.empty(source.specs[name].nbytes, np.uint8)
                 source.read_bytes(name, 0, whole.data)
@@ -549,3 +558,10 @@ def test_merges_of_experts_that_have_no_meaning_are_refused(tmp_path, space, mes
     refs = [str(tmp_path / "a"), str(tmp_path / "b")]
     with pytest.raises(BmergeError, match=message):
         merge_adapters(refs, tmp_path / "m", space=space)
+
+
+def test_factors_of_experts_without_their_config_are_told_to_be_factors(tmp_path):
+    folder = written(tmp_path / "a", stack_factors(more=INNER))
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds factors, whose scale is in the adapter_conf"):
+        open_adapter(str(folder))

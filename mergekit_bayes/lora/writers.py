@@ -86,7 +86,7 @@ _NAMES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         ),
         (r"prompt_embeddings|prompt_encoder|prefix_encoder", "PEFT, for its prompts", NO_CHANGE),
         (
-            r"\.base_layer\.",
+            r"\.base_layer\.(?!(.+\.)?lora_)",
             "PEFT, as a weight of the base below an adapter",
             "The file is a whole PeftModel: save the adapter alone with "
             f"`model.save_pretrained`. Or: {FOLD[0].lower()}{FOLD[1:]}",
