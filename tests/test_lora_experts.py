@@ -398,6 +398,16 @@ def test_the_columns_of_b_are_read_as_unsloth_records_them(tmp_path, layout):
         open_adapter(str(tmp_path / "b"))
 
 
+def test_all_linear_modules_are_told_from_the_parameters_beside_them(tmp_path):
+    base = tiny_mixtral(tmp_path / "base")
+    config = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+    peft_adapter(tmp_path / "a", base, r=2, lora_alpha=3, **config)
+    expected = folded(base, tmp_path / "a", tmp_path / "folded")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    written(tmp_path / "b", tensors, **config | {"target_modules": "all-linear"})
+    assert len(equals(base, tmp_path / "b", expected)) == 13
+
+
 def stack_factors(count=4, rank=2, module="mlp.experts", rows=8, columns=12, more=()):
     """Factors of one stack (`down_proj` of the tiny Mixtral), and of others by shape."""
     name = f"base_model.model.model.layers.0.{module}"
