@@ -62,6 +62,11 @@ LINEAR = {
     "embedding": ("untied", {"target_modules": TABLE}),
     "embedding and head": ("tied", {"target_modules": BOTH}),
     "tied": ("tied", {"target_modules": TABLE, **TIED}),
+    "lora_bias of one": (
+        "untied",
+        {"target_modules": QV},
+        {"target_modules": ["q_proj"], "lora_bias": True},
+    ),
     "patterns": ("untied", {"target_modules": QV, "use_rslora": True, **PATTERNS}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "wpe"]}),
 }
@@ -72,10 +77,10 @@ LINEAR = {
 def test_adapters_merged_alone_are_the_sum_of_their_changes_and_load_in_peft(
     tmp_path, bases, name, space
 ):
-    kind, settings = LINEAR[name]
+    kind, first, *other = LINEAR[name]
     folders = [
         trained(tmp_path / str(i), bases / kind, seed=i, **{"r": 2, "lora_alpha": 3 + i} | settings)
-        for i in range(2)
+        for i, settings in enumerate((first, *(other or [first])))
     ]
     scales = (0.5, -0.3)
     options = {"rank": 4} if space == "product" else {}
