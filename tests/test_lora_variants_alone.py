@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.errors import ConfigError, MismatchError
+from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora import merge_adapters, open_adapted
+from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import PosteriorInfo, identify, save_posterior
 from tests import tiny
 from tests.adapters import factors, tensors_of, written
@@ -153,16 +154,22 @@ def test_a_bias_has_the_precision_of_its_scaled_factor_and_is_weighed_by_it(tmp_
     np.testing.assert_allclose(merged[Q_BIAS], expected, rtol=1e-5)
 
 
-def test_what_has_magnitudes_or_trained_rows_has_no_precision_and_a_note_says_so(tmp_path):
+def test_what_has_magnitudes_has_no_precision_and_a_note_says_so(tmp_path):
     tensors = {"m.q.weight": (6, 4), "m.k.weight": (6, 4)}
     tiny.write(tmp_path / "base/model.safetensors", tiny.arrays(0, tensors))
-    made = tensors_of(factors(0, layers={"m.q": (6, 4)})) | {MAGNITUDE: np.ones(6, np.float32)}
-    folder = written(tmp_path / "a", made, use_dora=True)
-    with SafetensorsSource(checkpoint_files(folder)) as source:
-        record = PosteriorInfo(
-            estimator="ggn", unit="token", observations=10.0, ess=10.0, mean=identify(source)
-        )
-    save_posterior(folder, {n: np.ones_like(t) for n, t in made.items()}, record)
-    with open_adapted(f"{tmp_path / 'base'}+{folder}") as opened:
-        assert not opened.precision.specs
-        assert any("magnitudes (DoRA)" in note for note in opened.mean.notes)
+    refs = []
+    for i in range(2):
+        made = tensors_of(factors(i, layers={"m.q": (6, 4)})) | {MAGNITUDE: np.ones(6, "f4")}
+        folder = written(tmp_path / str(i), made, use_dora=True)
+        with SafetensorsSource(checkpoint_files(folder)) as source:
+            record = PosteriorInfo(
+                estimator="ggn", unit="token", observations=10.0, ess=10.0, mean=identify(source)
+            )
+        save_posterior(folder, {n: np.ones_like(t) for n, t in made.items()}, record)
+        refs.append(f"{tmp_path / 'base'}+{folder}")
+        with open_adapted(refs[-1]) as opened:
+            assert not opened.precision.specs
+            assert any("magnitudes (DoRA)" in note for note in opened.mean.notes)
+    config = MergeConfig(models=tuple(refs), weights="precision", out=str(tmp_path / "out"))
+    with pytest.raises(PrecisionError, match=r"no precision for 'm\.q\.weight'.*magnitudes"):
+        run_merge(config)
