@@ -1,5 +1,7 @@
 """Adapters of variants that are linear are merged without their base, and weighed."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora import merge_adapters, open_adapted
+from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import PosteriorInfo, identify, save_posterior
 from tests import tiny
@@ -63,6 +66,7 @@ LINEAR = {
     "embedding": ("untied", {"target_modules": TABLE}),
     "embedding and head": ("tied", {"target_modules": BOTH}),
     "tied": ("tied", {"target_modules": TABLE, **TIED}),
+    "velora": ("untied", VARIANTS["velora"]),
     "lora_bias of one": (
         "untied",
         {"target_modules": QV},
@@ -88,6 +92,8 @@ def test_adapters_merged_alone_are_the_sum_of_their_changes_and_load_in_peft(
     merge_adapters(
         [str(f) for f in folders], tmp_path / "out", scales=scales, space=space, **options
     )
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["velora_config"] is None
     parts = [changes(bases / kind, folder) for folder in folders]
     for tensor, found in changes(bases / kind, tmp_path / "out").items():
         expected = sum(c * part[tensor] for c, part in zip(scales, parts, strict=True))
@@ -121,6 +127,15 @@ def test_biases_and_embeddings_are_not_merged_alone_into_what_peft_does_not_load
     file = tmp_path / "b/adapter_model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if "base_layer" not in n}, file)
     with pytest.raises(ConfigError, match="PEFT loads no adapter of both"):
+        merge_adapters(folders, tmp_path / "out")
+
+
+def test_a_table_and_a_linear_layer_of_one_name_are_not_merged_alone(tmp_path):
+    a, b = np.ones((2, 4), np.float32), np.ones((6, 2), np.float32)
+    linear = tensors_of({"m.q": Factors(a, b)})
+    table = {f"base_model.model.m.q.lora_embedding_{s}": t for s, t in (("A", b.T), ("B", a.T))}
+    folders = [str(written(tmp_path / n, t)) for n, t in (("a", linear), ("b", table))]
+    with pytest.raises(MismatchError, match=r"'m\.q' is a table of embeddings in one of"):
         merge_adapters(folders, tmp_path / "out")
 
 
