@@ -555,6 +555,14 @@ def test_dora_of_single_experts_on_a_stacked_base_is_refused(tmp_path):
         open_adapted(f"{stacks}+{tmp_path / 'd'}")
 
 
+def test_adapters_of_peft_before_and_after_a_change_of_order_are_told_so(tmp_path):
+    written(tmp_path / "a", stack_factors(), **DOWN)
+    written(tmp_path / "b", stack_factors(rows=12, columns=8), **DOWN)
+    refs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.raises(MismatchError, match=r"another order in PEFT before 0\.19\.1\. Fold"):
+        merge_adapters(refs, tmp_path / "m")
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [("factor", "does not merge stacked experts"), ("product", "adapts single experts")],
