@@ -74,6 +74,7 @@ NAME = "merge"
     option("vocab"),
     option("on_bad"),
     option("on_config"),
+    option("on_base"),
     option("side_files"),
     option("dtype", read=values.dtype),
     option("max_shard_size"),

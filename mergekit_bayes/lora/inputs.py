@@ -1,5 +1,6 @@
 """What a merge of adapters works on: the adapters, their scales, and who holds which layer."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -10,10 +11,13 @@ from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapter import Adapter
+from mergekit_bayes.lora.experts import by_expert
 from mergekit_bayes.lora.layers import Factors, Layer
+from mergekit_bayes.lora.parameters import WEIGHT
 from mergekit_bayes.lora.rules import Rule
 from mergekit_bayes.methods.base import Facts
 
+_SINGLE = re.compile(r"(?P<owner>.+)\.\d+\.\w+")  # a module of one expert
 Space = Literal["product", "concat", "factor", "core"]
 Weights = Literal["uniform", "precision"]
 
@@ -76,28 +80,59 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
     """Find the layers and the tensors of `modules_to_save` that adapters have in common.
 
     Returns:
-        Both under the first adapter's names, with the copies in order of the adapters.
+        Both under the first adapter's names, with the copies in order of the adapters; stacked
+        experts one by one.
 
     Raises:
-        MismatchError: A layer has different shapes.
+        MismatchError: A layer has different shapes, or experts are stacked in some adapters only.
     """
-    layers: dict[str, list[LayerCopy]] = {}
+    stacks: dict[str, list[LayerCopy]] = {}
     replacements: dict[str, list[TensorCopy]] = {}
     for index, adapter in enumerate(adapters):
         renaming = _find_renaming(adapters[0], adapter) if index else Renaming()
-        for module, layer in adapter.layers.items():
-            copies = layers.setdefault(renaming(f"{module}.weight").removesuffix(".weight"), [])
+        for layer in adapter.layers.values():
+            name = renaming(layer.tensor).removesuffix(f".{WEIGHT}")
+            copies = stacks.setdefault(name, [])
             first = copies[0].layer if copies else layer
             if first.shape != layer.shape:
                 raise MismatchError(
-                    f"'{module}' changes a weight of {list(layer.shape)} in "
+                    f"'{layer.tensor}' changes a weight of {list(layer.shape)} in "
                     f"'{adapter.ref}' but of {list(first.shape)} in "
                     f"'{adapters[copies[0].owner].ref}'. Were they trained on different models?"
                 )
             copies.append(LayerCopy(index, layer))
         for name, disk in adapter.replacements.items():
             replacements.setdefault(renaming(name), []).append(TensorCopy(index, disk))
+    _refuse_mixed_experts(adapters, stacks)
+    layers: dict[str, list[LayerCopy]] = {}
+    for name, copies in stacks.items():
+        for copy in copies:
+            for key, layer in by_expert(name, copy.layer).items():
+                layers.setdefault(key, []).append(LayerCopy(copy.owner, layer))
     return layers, replacements
+
+
+def _refuse_mixed_experts(adapters: Sequence[Adapter], stacks: Layers) -> None:
+    """Refuse adapters of which some adapt stacked experts and some single ones of the same stack.
+
+    Raises:
+        MismatchError: There are some.
+    """
+    owners = {
+        name.rpartition(".")[0]: copies[0]
+        for name, copies in stacks.items()
+        if copies[0].layer.experts > 1
+    }
+    for name, copies in stacks.items():
+        match = _SINGLE.fullmatch(name)
+        if match and match["owner"].replace(".block_sparse_moe.", ".mlp.") in owners:
+            other = owners[match["owner"].replace(".block_sparse_moe.", ".mlp.")]
+            raise MismatchError(
+                f"'{adapters[copies[0].owner].ref}' adapts single experts ('{name}'), and "
+                f"'{adapters[other.owner].ref}' stacked ones ('{other.layer.tensor}'): they come "
+                "from different versions of transformers. Fold instead: "
+                "`bmerge merge BASE+A BASE+B --base BASE`."
+            )
 
 
 def _find_renaming(first: Adapter, other: Adapter) -> Renaming:
@@ -106,8 +141,8 @@ def _find_renaming(first: Adapter, other: Adapter) -> Renaming:
     def shapes(adapter: Adapter) -> dict[str, TensorSpec]:
         specs = adapter.posterior.mean.specs
         return {
-            f"{module}.weight": TensorSpec("F32", (layer.rows, layer.columns))
-            for module, layer in adapter.layers.items()
+            layer.tensor: TensorSpec("F32", (layer.rows, layer.columns))
+            for layer in adapter.layers.values()
         } | {name: specs[disk] for name, disk in adapter.replacements.items()}
 
     return find_renaming(shapes(first), shapes(other), scope=Scope.MOVED)

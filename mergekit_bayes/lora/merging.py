@@ -24,7 +24,13 @@ from mergekit_bayes.checkpoint.side_files import (
 )
 from mergekit_bayes.checkpoint.stamps import documents_in, refuse_changed, stamps_of
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
-from mergekit_bayes.lora.checks import check_bases, check_options, check_output, check_precisions
+from mergekit_bayes.lora.checks import (
+    check_bases,
+    check_linear,
+    check_options,
+    check_output,
+    check_precisions,
+)
 from mergekit_bayes.lora.config import CONFIG
 from mergekit_bayes.lora.core import measure_cores
 from mergekit_bayes.lora.factors import choose_averaging
@@ -39,6 +45,8 @@ from mergekit_bayes.lora.report import (
     summarise,
 )
 from mergekit_bayes.lora.rules import check_space, choose_rule
+from mergekit_bayes.lora.shifts import check_shifts
+from mergekit_bayes.lora.variants import variant_notes
 from mergekit_bayes.posterior.info import note_on_losses
 from mergekit_bayes.recipes import recipe_text
 from mergekit_bayes.records import Progress
@@ -88,7 +96,8 @@ def merge_adapters(
 
     Raises:
         CheckpointError: A file cannot be read or was changed meanwhile, or the output exists.
-        ConfigError: The options contradict each other, or an adapter is of a kind that is not read.
+        ConfigError: The options contradict each other, or an adapter is of a kind that is not read
+            or does not add up without its base.
         MismatchError: The adapters have different bases or shapes, or factors of which no average
             can be taken.
         PrecisionError: A precision is missing or of another kind.
@@ -118,6 +127,7 @@ def merge_adapters(
         for adapter in opened:
             side_files(adapter.posterior.path)  # refuses links that lead out of its folder
         check_side_files(opened[0].posterior.path)
+        check_linear(opened)
         notes = check_bases(opened)
         if weights == "precision":
             counted = check_precisions(opened, counts)
@@ -126,6 +136,7 @@ def merge_adapters(
         else:
             counted = (None,) * len(opened)
         notes += [note for adapter in opened if (note := adapter.unused_note) is not None]
+        notes += [note for a in opened for note in variant_notes(a.config, a.ref)]
         layers, replacements = match_adapters(opened)
         merge = AdapterMerge(opened, shares, counted, weights, seed, rule=rule)
         if space == "factor":
@@ -133,6 +144,7 @@ def merge_adapters(
             notes.append(averaging.reason)
             merge = merge._replace(averaged=not averaging.is_linear)
         if rule is not None:
+            check_shifts(layers, rule)
             merge = merge._replace(facts=measure_cores(merge, layers))
             notes += [note for note in (describe_rule(rule),) if note is not None]
         result_rank = _choose_rank(space, rank, layers)

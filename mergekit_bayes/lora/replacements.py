@@ -1,4 +1,4 @@
-"""Merge the tensors that adapters hold in place of the base's (`modules_to_save`)."""
+"""Merge the tensors that adapters hold in place of the base's (`modules_to_save`, `bias`)."""
 
 from collections.abc import Sequence
 
@@ -41,8 +41,8 @@ def decide_replacements(merge: AdapterMerge, replacements: Replacements) -> dict
             outcomes[name] = _SAME
         elif merge.weights == "uniform":
             raise MismatchError(
-                f"'{name}' differs between the adapters, which hold it whole (modules_to_save): "
-                f"what each one changed is known only with the base. {_FOLD}"
+                f"'{name}' differs between the adapters, which hold it whole (modules_to_save, or "
+                f"bias): what each one changed is known only with the base. {_FOLD}"
             )
         else:
             outcomes[name] = _AVERAGED

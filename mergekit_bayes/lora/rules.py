@@ -30,6 +30,11 @@ class Rule(NamedTuple):
         return self.method.is_equivariant(self.settings)
 
     @property
+    def is_a_sum(self) -> bool:
+        """Whether it adds the scaled changes."""
+        return self.method.name == USUAL.name
+
+    @property
     def has_model_scope(self) -> bool:
         """Whether it must know of all layers before it merges one."""
         return has_model_scope(self.method, self.settings)

@@ -222,10 +222,23 @@ def is_classifier(ref: str, *, trust_remote_code: bool = False) -> bool:
     return _has_classification_head(load_config(path, trust_remote_code=trust_remote_code))
 
 
-def base_of(config: "PeftConfig") -> str:
-    """The path or Hub id of an adapter's base."""
-    name = str(config.base_model_name_or_path)
-    return f"{name}@{config.revision}" if config.revision and is_hub_id(name) else name
+def base_of(path: Path, config: "PeftConfig") -> str:
+    """The path or Hub id of the base of an adapter.
+
+    Args:
+        path: The adapter's folder, for messages.
+        config: Its config.
+
+    Raises:
+        ConfigError: The config names none.
+    """
+    name = config.base_model_name_or_path
+    if not name:
+        raise ConfigError(
+            f"{path / ADAPTER_CONFIG}: base_model_name_or_path is {shown(name)}, and what the "
+            "adapter is to be put on must be known. Write the path or Hub id of its base there."
+        )
+    return f"{name}@{config.revision}" if config.revision and is_hub_id(name) else str(name)
 
 
 def other_head(loaded: Loaded) -> str | None:
@@ -316,7 +329,7 @@ def _load_adapter(
     if task == "auto":
         task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
     base = load_model(
-        base_of(config),
+        base_of(path, config),
         task,
         num_labels=num_labels,
         dtype=dtype,

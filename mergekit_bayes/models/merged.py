@@ -26,7 +26,7 @@ def refuse_fixed(ref: str) -> None:
         adapter = load_adapter_config(path)
         if adapter.is_prompt_learning:
             raise _no_weights(ref)
-        path = resolve(base_of(adapter), CHECKPOINT)
+        path = resolve(base_of(path, adapter), CHECKPOINT)
     if (path / CONFIG).exists() and "quantization_config" in read_mapping(path / CONFIG):
         raise _quantised(ref)
 

@@ -114,7 +114,7 @@ def _adapted(path: Path, task: Task, trust_remote_code: bool) -> Skeleton:
 
     adapter = load_adapter_config(path)
     task = "classification" if adapter.task_type == "SEQ_CLS" else "causal-lm"
-    base = resolve(base_of(adapter), CHECKPOINT)
+    base = resolve(base_of(path, adapter), CHECKPOINT)
     config = load_config(base, trust_remote_code=trust_remote_code)
     if task == "classification" and (path / CONFIG).exists():
         labels = load_config(path, trust_remote_code=trust_remote_code)

@@ -67,7 +67,10 @@ def parse_scales(config: MergeConfig) -> tuple[tuple[float, ...], tuple[ScaleRul
     """
     count = len(config.models)
     if count == 0 or (count == 1 and config.base is None):
-        raise ConfigError("a merge needs two models, or one and a --base.")
+        raise ConfigError(
+            "a merge needs two models, one and a --base, or BASE+ADAPTER and a method that "
+            "takes a base."
+        )
     scales = tuple(s for s in config.scale if not isinstance(s, str)) or (1.0,)
     texts = [s for s in config.scale if isinstance(s, str)]
     if (length := sum(map(len, texts))) > MOST_CHARACTERS:

@@ -91,6 +91,11 @@ class MergeConfig(Config):
         "position embedding): error, or base (take the base's, else the first model's, as true of "
         "all).",
     )
+    on_base: Literal["error", "apply"] = Field(
+        "error",
+        description="An adapter that records a base of other weights than the one before its +: "
+        "error, or apply (to the one that is named).",
+    )
     side_files: str | None = Field(
         None,
         description="MODEL: take tokenizer, chat template, generation config and the like from "
