@@ -303,6 +303,19 @@ def test_scale_zero_and_zero_factors_take_no_part(tmp_path):
     assert not product(tmp_path / "none", "m.q").any()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", OF_CHANGES)
+def test_a_layer_that_no_adapter_changes_stays_so(name, tmp_path):
+    refs = []
+    for t in range(METHODS[name].tasks or 3):
+        made = factors(t + 1, 2, {"m.q": (6, 4), "m.k": (4, 4)})
+        made["m.k"] = Factors(made["m.k"].a, 0 * made["m.k"].b)
+        refs.append(str(adapter(tmp_path / f"a{t}", made)))
+    report = merge_adapters(refs, tmp_path / "out", space="core", method=name)
+    assert not product(tmp_path / "out", "m.k").any()
+    assert report.layers["m.k"].norm == report.layers["m.k"].error == 0
+
+
 def test_the_command_merges_by_a_method_and_its_recipe_repeats_it(tmp_path):
     refs = adapters(tmp_path)
     run = CliRunner()

@@ -107,7 +107,9 @@ def merge_cores(
         seed = int(rule.settings["seed"])
         keys = [task_key(seed, module, a.posterior.identity) for a in merge.adapters]
     try:
-        merged = merge_arrays(rule.method, rule.settings, arrays, merge.scales, facts, keys)
+        merged = arrays.tasks[0]
+        if merged.size:  # else no adapter changes the layer
+            merged = merge_arrays(rule.method, rule.settings, arrays, merge.scales, facts, keys)
         core = merged[: space.left.size, : space.right.size]
         return truncate_core(space.left, core, space.right, rank)
     except CheckpointError as error:
