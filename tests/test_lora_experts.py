@@ -408,6 +408,31 @@ def test_all_linear_modules_are_told_from_the_parameters_beside_them(tmp_path):
     assert len(equals(base, tmp_path / "b", expected)) == 13
 
 
+def test_an_adapter_of_repeated_layers_fits_a_base_that_was_written_out_with_them(tmp_path):
+    base = a_base(tmp_path / "base", "llama")
+    repeated = {"target_modules": ["q_proj", "down_proj"], "layer_replication": [[0, 2], [0, 2]]}
+    trained = peft_adapter(tmp_path / "a", base, r=2, lora_alpha=3, **repeated).double()
+    with pytest.raises(ConfigError, match=r"passthrough.*take layer_replication out"):
+        open_adapter(str(tmp_path / "a"))
+    tensors = load_file(base / "model.safetensors")
+    again = {n.replace(".0.", ".2.").replace(".1.", ".3."): t.clone() for n, t in tensors.items()}
+    longer = tmp_path / "longer"
+    shutil.copytree(base, longer)
+    save_file(again | tensors, longer / "model.safetensors", {"format": "pt"})
+    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    written(tmp_path / "b", factors, target_modules=["q_proj", "down_proj"])
+    config = transformers.LlamaConfig(**{**COMMON, "num_hidden_layers": 4})
+    model = transformers.LlamaForCausalLM(config).double()
+    with open_adapted(f"{longer}+{tmp_path / 'b'}") as opened:
+        found = {n: torch.from_numpy(read_tensor(opened.mean, n)) for n in opened.mean.specs}
+    model.load_state_dict(found)
+    tokens = torch.arange(6)[None]
+    logits, expected = (m.eval()(tokens, use_cache=False).logits for m in (model, trained))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    unfolded = trained.merge_and_unload()(tokens, use_cache=False).logits
+    assert not torch.allclose(unfolded, expected, atol=1e-3)  # PEFT's fold is another model
+
+
 def stack_factors(count=4, rank=2, module="mlp.experts", rows=8, columns=12, more=()):
     """Factors of one stack (`down_proj` of the tiny Mixtral), and of others by shape."""
     name = f"base_model.model.model.layers.0.{module}"

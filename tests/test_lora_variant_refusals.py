@@ -39,7 +39,7 @@ REFUSED = {
     "arrow_config": ({"top_k": 1}, "depends on the input"),
     "alora_invocation_tokens": ([1], "depends on the input"),
     "use_qalora": (True, "quantised base"),
-    "layer_replication": ([[0, 1]], "layer_replication.*merge_and_unload"),
+    "layer_replication": ([[0, 1]], "layer_replication.*passthrough"),
 }
 INITIALISATIONS = {
     "pissa_niter_16": "drawn at random.*path_initial_model_for_weight_conversion",

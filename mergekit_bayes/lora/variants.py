@@ -34,9 +34,15 @@ _WITHOUT_EFFECT = (
 )
 _DEPENDS = "What it adds depends on the input, so that it cannot be folded into weights or merged."
 _QUANTISED = "It belongs to a quantised base, and PEFT does not fold it either."
+_REPEATED = (
+    "It belongs to a base with repeated layers, and PEFT's own fold adds the changes of all copies "
+    "of a layer to each. Write that base out first (a recipe of mergekit with `slices` and "
+    "`merge_method: passthrough`), take layer_replication out of adapter_config.json, and put the "
+    "written base before the adapter."
+)
 # Refused where they are on, with what to do.
 _REFUSED = {
-    "layer_replication": FOLD,
+    "layer_replication": _REPEATED,
     "alora_invocation_tokens": _DEPENDS,
     "arrow_config": _DEPENDS,
     "use_qalora": _QUANTISED,
