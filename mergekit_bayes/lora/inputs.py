@@ -90,7 +90,7 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
                 )
             if first.is_embedding != layer.is_embedding:
                 raise MismatchError(
-                    f"'{module}' is a table of embeddings in one of '{adapter.ref}' and "
+                    f"'{layer.module}' is a table of embeddings in one of '{adapter.ref}' and "
                     f"'{adapters[copies[0].owner].ref}', and a linear layer in the other. Were "
                     "they trained on different models?"
                 )
