@@ -12,7 +12,7 @@ import hashlib
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ from mergekit_bayes.checkpoint.specs import Array, Closing
 from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.config import BASE, CONFIG, WEIGHTS, LoraConfig, read_config
-from mergekit_bayes.lora.layers import Factors, Layer, is_original, read_layers
+from mergekit_bayes.lora.layers import Factors, Layer, is_of_training, is_original, read_layers
+from mergekit_bayes.lora.tokens import TrainedRows
 from mergekit_bayes.lora.writers import explain_files
 from mergekit_bayes.posterior import Posterior, open_posterior
 from mergekit_bayes.posterior.directions import refuse_matrices
@@ -50,6 +51,8 @@ class Adapter(Closing):
             that are stored whole), from the name in the model to the name on disk.
         unused: Names on disk of tensors that have no effect: the base's copies of modules that are
             replaced, and second copies of one tensor.
+        rows: Rows of tensors that replace the base's (`trainable_token_indices`), by the name in
+            the model.
         base: The content hash (sampled blocks) of the base that it was made on; None if no file
             records it.
     """
@@ -59,6 +62,7 @@ class Adapter(Closing):
     layers: Mapping[str, Layer]
     replacements: Mapping[str, str]
     unused: tuple[str, ...] = ()
+    rows: Mapping[str, TrainedRows] = field(default_factory=dict)
     base: str | None = None
 
     @property
@@ -77,10 +81,12 @@ class Adapter(Closing):
         if not self.unused:
             return None
         originals = [name for name in self.unused if is_original(name)]
-        second = [name for name in self.unused if name not in originals]
+        of_training = [name for name in self.unused if is_of_training(name)]
+        second = [name for name in self.unused if name not in {*originals, *of_training}]
         kinds = {
             "the base's own copies of modules that it replaces": originals,
             "second copies of tensors under other names": second,
+            "what only training uses": of_training,
         }
         texts = [f"{what} ('{n[0]}', {len(n)} such)" for what, n in kinds.items() if n]
         return f"'{self.ref}' has {' and '.join(texts)}: left out"
@@ -92,11 +98,16 @@ class Adapter(Closing):
             CheckpointError: An entry is not finite.
         """
         return Factors(
-            self._finite(layer.a).reshape(layer.rank, layer.columns),
-            self._finite(layer.b).reshape(layer.rows, layer.rank),
+            self.values(layer.a).reshape(layer.rank, layer.columns),
+            self.values(layer.b).reshape(layer.rows, layer.rank),
         )
 
-    def _finite(self, name: str) -> Array:
+    def values(self, name: str) -> Array:
+        """Read a tensor under its name on disk, in float32.
+
+        Raises:
+            CheckpointError: An entry is not finite.
+        """
         values = read_tensor(self.posterior.mean, name).astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise CheckpointError(
@@ -191,7 +202,7 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
 
     Raises:
         CheckpointError: There is no adapter, or its config and tensors disagree.
-        ConfigError: The adapter is more than `s B A` on its base's weights.
+        ConfigError: The adapter is of a variant that is not read.
         MismatchError: The factors have another rank than the config says.
         PrecisionError: The precision was taken at other weights than this adapter's.
     """

@@ -73,7 +73,7 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
         Both under the first adapter's names, with the copies in order of the adapters.
 
     Raises:
-        MismatchError: A layer has different shapes.
+        MismatchError: A layer has different shapes, or is of different kinds.
     """
     layers: dict[str, list[LayerCopy]] = {}
     replacements: dict[str, list[TensorCopy]] = {}
@@ -87,6 +87,12 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
                     f"'{module}' changes a weight of {list(layer.shape)} in "
                     f"'{adapter.ref}' but of {list(first.shape)} in "
                     f"'{adapters[copies[0].owner].ref}'. Were they trained on different models?"
+                )
+            if first.is_embedding != layer.is_embedding:
+                raise MismatchError(
+                    f"'{layer.module}' is a table of embeddings in one of '{adapter.ref}' and "
+                    f"'{adapters[copies[0].owner].ref}', and a linear layer in the other. Were "
+                    "they trained on different models?"
                 )
             copies.append(LayerCopy(index, layer))
         for name, disk in adapter.replacements.items():

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
@@ -16,14 +16,18 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, TensorSpec
 from mergekit_bayes.checkpoint.ties import have_same_values
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, shown
 from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig
+from mergekit_bayes.lora.parts import ROWS, part_of
+from mergekit_bayes.lora.tokens import TrainedRows, read_rows
+from mergekit_bayes.lora.variants import initial_move
+from mergekit_bayes.lora.vectors import read_vector
 from mergekit_bayes.lora.writers import FOLD, explain_name
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.quantised import EMPTIED
 
-# PEFT leaves the adapter's name out of a saved file; a raw state dict has it (`lora_A.default`).
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
-_ORIGINAL = re.compile(r"\.original_module\.")
+_ORIGINAL = re.compile(r"\.original_module\.|\.trainable_tokens_original(\.|$)")
+_OF_TRAINING = re.compile(r"\.lora_velora_\w+(\.|$)")  # which compresses gradients
+_BELOW = re.compile(r"\.(token_adapter\.)?base_layer\.")  # of a weight below an adapter
 # Modules that compiling and sharding wrap around others, and their prefix.
 _WRAPPER = re.compile(
     r"(?:(?<=^)|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -54,6 +58,9 @@ class Layer(NamedTuple):
         columns: d_in, times the kernel of a convolution.
         scaling: s.
         kernel: The kernel's shape; empty for a matrix.
+        is_embedding: Whether the weight is a table of embeddings, (columns, rows), a row per token.
+        bias: Name on disk of the bias of B, (rows,), of which s times is added to the module's own.
+        magnitude: Name on disk of DoRA's magnitudes, one for each of the rows.
     """
 
     module: str
@@ -64,11 +71,21 @@ class Layer(NamedTuple):
     columns: int
     scaling: float
     kernel: tuple[int, ...] = ()
+    is_embedding: bool = False
+    bias: str | None = None
+    magnitude: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the change as the weight is stored, a matrix not transposed."""
-        return (self.rows, *self._inner)
+        return (self.columns, self.rows) if self.is_embedding else (self.rows, *self._inner)
+
+    @property
+    def stored_names(self) -> tuple[str, str]:
+        """The names under which PEFT stores the factors A and B, after its prefix."""
+        if self.is_embedding:
+            return f"{self.module}.lora_embedding_A", f"{self.module}.lora_embedding_B"
+        return f"{self.module}.lora_A.weight", f"{self.module}.lora_B.weight"
 
     @property
     def _inner(self) -> tuple[int, ...]:
@@ -86,13 +103,15 @@ class AdapterTensors(NamedTuple):
         layers: The layers by module, in order of the modules' names.
         replacements: Tensors that replace the base's (`modules_to_save`, and embeddings and heads
             that were stored whole), from the name in the model to the name on disk.
-        unused: Names on disk of the base's own copies of modules that are replaced, and of second
-            copies of one tensor.
+        unused: Names on disk of the base's own copies of modules that are replaced, of second
+            copies of one tensor, and of what is for training only.
+        rows: Rows of tensors that replace the base's, by the name in the model.
     """
 
     layers: dict[str, Layer]
     replacements: dict[str, str]
     unused: tuple[str, ...]
+    rows: dict[str, TrainedRows]
 
 
 def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
@@ -108,21 +127,23 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
     names: dict[str, dict[str, str]] = {}
     replacements: dict[str, str] = {}
     unused: list[str] = []
+    rows: dict[str, str] = {}
     in_model = {disk: _in_model(disk) for disk in posterior.mean.specs}
-    factors = {disk: _FACTOR.fullmatch(name) for disk, name in in_model.items()}
-    adapters = {match["adapter"] for match in factors.values() if match and match["adapter"]}
+    parts = {disk: part_of(name) for disk, name in in_model.items()}
+    adapters = {part.adapter for part in parts.values() if part and part.adapter}
     for disk, name in in_model.items():
-        factor, saved = factors[disk], _SAVED.fullmatch(name)
-        if factor:
-            sides = names.setdefault(factor["module"], {})
-            unused += _add(sides, factor["factor"], disk, posterior)
+        part, saved = parts[disk], _SAVED.fullmatch(name)
+        if part:
+            of_module = rows if part.part == ROWS else names.setdefault(part.module, {})
+            key = part.module if part.part == ROWS else part.part
+            unused += _add(of_module, key, disk, posterior)
         elif saved:
             tensor = _without_adapter(saved["rest"], adapters)
             unused += _add(replacements, f"{saved['module']}.{tensor}", disk, posterior)
-        elif is_original(name):
+        elif is_original(name) or is_of_training(name):
             unused.append(disk)
-        elif _is_whole(name, config.get("modules_to_save") or ()):
-            unused += _add(replacements, name.replace(".base_layer.", "."), disk, posterior)
+        elif _is_whole(name, config):
+            unused += _add(replacements, _BELOW.sub(".", name), disk, posterior)
         else:
             raise ConfigError(
                 f"{posterior.mean.where(disk)}: "
@@ -147,12 +168,18 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
                 f"{posterior.mean.where(disk)}: '{disk}' has the shape [0]. {EMPTIED}"
             )
     layers = {m: _read_layer(posterior, config, m, names[m]) for m in sorted(names)}
-    return AdapterTensors(layers, replacements, tuple(unused))
+    trained = read_rows(posterior, config, rows)
+    return AdapterTensors(layers, replacements, tuple(unused), trained)
 
 
 def is_original(disk: str) -> bool:
     """Whether a tensor is the base's own copy of a module that the adapter replaces."""
     return bool(_ORIGINAL.search(disk))
+
+
+def is_of_training(disk: str) -> bool:
+    """Whether a tensor is of use in training only, and changes nothing that the model computes."""
+    return bool(_OF_TRAINING.search(disk))
 
 
 def _in_model(disk: str) -> str:
@@ -194,36 +221,67 @@ def _add(names: dict[str, str], name: str, disk: str, posterior: Posterior) -> l
 def _read_layer(
     posterior: Posterior, config: LoraConfig, module: str, names: Mapping[str, str]
 ) -> Layer:
-    if len(names) < 2:
+    is_embedding = "embedding_A" in names or "embedding_B" in names
+    sides = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
+    if is_embedding and ("A" in names or "B" in names):
+        raise ConfigError(
+            f"{posterior.mean.files[0]}: '{module}' has factors of a linear layer and of an "
+            "embedding, and is one of them only. Save the adapter again."
+        )
+    missing = [side for side in sides if side not in names]
+    if missing:
         only = next(iter(names.values()))
         raise CheckpointError(
-            f"{posterior.mean.where(only)}: '{only}' has no other factor. Save the adapter again."
+            f"{posterior.mean.where(only)}: '{only}' has no other factor (lora_{missing[0]}). Save "
+            "the adapter again."
         )
-    a, b = posterior.mean.specs[names["A"]], posterior.mean.specs[names["B"]]
-    where = posterior.mean.where(names["A"])
-    for spec, name in ((a, names["A"]), (b, names["B"])):
+    name_a, name_b = (names[side] for side in sides)
+    a, b = posterior.mean.specs[name_a], posterior.mean.specs[name_b]
+    where = posterior.mean.where(name_a)
+    for spec, name in ((a, name_a), (b, name_b)):
         _check_factor(where, name, spec)
     if len(a.shape) != len(b.shape) or any(n != 1 for n in b.shape[2:]):
         raise ConfigError(
-            f"{where}: '{names['A']}' is {list(a.shape)} and '{names['B']}' {list(b.shape)}; of "
+            f"{where}: '{name_a}' is {list(a.shape)} and '{name_b}' {list(b.shape)}; of "
             f"convolutions only those are read whose B has the kernel 1. {FOLD}"
         )
-    rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
+    rank, key = _by_pattern(config.get("rank_pattern"), module, config["r"])
     if len(a.shape) > 2 and a.shape[0] == rank and b.shape[1] < rank:
         raise ConfigError(
-            f"{where}: '{names['A']}' is {list(a.shape)} and '{names['B']}' {list(b.shape)}: "
+            f"{where}: '{name_a}' is {list(a.shape)} and '{name_b}' {list(b.shape)}: "
             "factors of a convolution with groups, which neither this reader nor PEFT folds. Take "
             "the layer out of the adapter."
         )
     if a.shape[0] != rank or b.shape[1] != rank:
         raise MismatchError(
             f"{where}: the factors of '{module}' are {list(a.shape)} and {list(b.shape)}, but "
-            f"{CONFIG} gives it rank {rank}. The two files do not belong together."
+            f"{CONFIG} gives it rank {rank} "
+            + ("(r)" if key is None else f"(rank_pattern, {shown(key)}, the first that matches)")
+            + ". The two files do not belong together."
         )
-    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    alpha, _ = _by_pattern(config.get("alpha_pattern"), module, float(config["lora_alpha"]))
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     columns, kernel = math.prod(a.shape[1:]), a.shape[2:]
-    return Layer(module, names["A"], names["B"], rank, b.shape[0], columns, scaling, kernel)
+    bias = read_vector(posterior, config, names, "bias", b.shape[0])
+    magnitude = read_vector(posterior, config, names, "magnitude", b.shape[0])
+    layer = Layer(
+        *(module, name_a, name_b, rank, b.shape[0], columns, scaling, kernel),
+        is_embedding=is_embedding,
+        bias=bias,
+        magnitude=magnitude,
+    )
+    _check_initialisation(config, where, layer)
+    return layer
+
+
+def _check_initialisation(config: LoraConfig, where: str, layer: Layer) -> None:
+    """Refuse an initialisation that moves the base where PEFT has none for such a layer."""
+    move = initial_move(config)
+    if move is not None and (layer.kernel or layer.is_embedding):
+        raise ConfigError(
+            f"{where}: '{layer.a}' adapts no linear layer, and init_lora_weights={move!r} in "
+            f"{CONFIG} is for linear layers only. {FOLD}"
+        )
 
 
 def _check_factor(where: str, name: str, spec: TensorSpec) -> None:
@@ -246,8 +304,10 @@ def _check_factor(where: str, name: str, spec: TensorSpec) -> None:
         )
 
 
-def _by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _T:
-    """The value of the first pattern that matches the end of a module's name."""
+def _by_pattern(
+    patterns: Mapping[str, _T] | None, module: str, default: _T
+) -> tuple[_T, str | None]:
+    """The value of the first pattern that matches the end of a module's name, and the pattern."""
     if patterns and len(module) > LONGEST_MODULE:
         raise ConfigError(
             f"{CONFIG} has patterns, and the module {shown(module)} a name of {len(module):,} "
@@ -255,8 +315,8 @@ def _by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> 
         )
     for pattern, value in (patterns or {}).items():
         if _compiled(pattern).match(module):
-            return value
-    return default
+            return value, pattern
+    return default, None
 
 
 @lru_cache(maxsize=MOST_PATTERNS)
@@ -264,12 +324,17 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(module_pattern(pattern))
 
 
-def _is_whole(name: str, modules: Sequence[str]) -> bool:
+def _is_whole(name: str, config: LoraConfig) -> bool:
     """Whether a tensor is the model's own, stored whole.
 
     PEFT stores the embedding and the head beside the factors where the vocabulary was resized,
-    and where they are adapted themselves; then their names have a `base_layer`.
+    and where they are adapted themselves; then their names have a `base_layer`. With `bias` it
+    stores biases: all of them, or those of the adapted modules.
     """
-    if is_vocabulary(name.replace(".base_layer.", ".")):
+    plain = _BELOW.sub(".", name)
+    if is_vocabulary(plain):
         return True
+    if config.get("bias") in ("all", "lora_only") and plain.rpartition(".")[2] == "bias":
+        return True
+    modules = config.get("modules_to_save") or ()
     return any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in modules)

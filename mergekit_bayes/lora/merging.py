@@ -23,13 +23,20 @@ from mergekit_bayes.checkpoint.side_files import (
 )
 from mergekit_bayes.checkpoint.stamps import documents_in, refuse_changed, stamps_of
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
-from mergekit_bayes.lora.checks import check_bases, check_options, check_output, check_precisions
+from mergekit_bayes.lora.checks import (
+    check_bases,
+    check_linear,
+    check_options,
+    check_output,
+    check_precisions,
+)
 from mergekit_bayes.lora.config import CONFIG
 from mergekit_bayes.lora.factors import choose_averaging
 from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Space, Weights, match_adapters
 from mergekit_bayes.lora.output import write_config, write_tensors
 from mergekit_bayes.lora.replacements import decide_replacements
 from mergekit_bayes.lora.report import FORMULA, SYMBOLS, AdapterReport, summarise
+from mergekit_bayes.lora.variants import variant_notes
 from mergekit_bayes.posterior.info import note_on_losses
 from mergekit_bayes.recipes import recipe_text
 from mergekit_bayes.records import Progress
@@ -73,7 +80,8 @@ def merge_adapters(
 
     Raises:
         CheckpointError: A file cannot be read or was changed meanwhile, or the output exists.
-        ConfigError: The options contradict each other, or an adapter is of a kind that is not read.
+        ConfigError: The options contradict each other, or an adapter is of a kind that is not read
+            or does not add up without its base.
         MismatchError: The adapters have different bases or shapes, or factors of which no average
             can be taken.
         PrecisionError: A precision is missing or of another kind.
@@ -100,6 +108,7 @@ def merge_adapters(
         for adapter in opened:
             side_files(adapter.posterior.path)  # refuses links that lead out of its folder
         check_side_files(opened[0].posterior.path)
+        check_linear(opened)
         notes = check_bases(opened)
         if weights == "precision":
             counted = check_precisions(opened, counts)
@@ -108,6 +117,7 @@ def merge_adapters(
         else:
             counted = (None,) * len(opened)
         notes += [note for adapter in opened if (note := adapter.unused_note) is not None]
+        notes += [note for a in opened for note in variant_notes(a.config, a.ref)]
         layers, replacements = match_adapters(opened)
         merge = AdapterMerge(opened, shares, counted, weights, seed)
         if space == "factor":

@@ -14,8 +14,11 @@ from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Replacements, Space
 from mergekit_bayes.lora.products import merge_products
 from mergekit_bayes.lora.replacements import merge_replacement
 from mergekit_bayes.lora.report import MergedLayer
+from mergekit_bayes.lora.shifts import have_shifts, merge_shifts
 from mergekit_bayes.records import Progress
 
+# Settings of initialisations and of training, which a merged adapter has behind it.
+_OF_TRAINING = ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config")
 # What selects a subset of `target_modules`.
 _SELECTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -46,10 +49,13 @@ def write_tensors(
         What to report of each layer, by module.
     """
     specs = {}
+    with_shifts = have_shifts(layers)
     for module, copies in layers.items():
-        shapes = copies[0].layer.stored_shapes(rank)
-        for side, shape in zip("AB", shapes, strict=True):
-            specs[f"{PREFIX}{module}.lora_{side}.weight"] = TensorSpec("F32", shape)
+        layer = copies[0].layer._replace(module=module)
+        for name, shape in zip(layer.stored_names, layer.stored_shapes(rank), strict=True):
+            specs[PREFIX + name] = TensorSpec("F32", shape)
+        if with_shifts:
+            specs[_bias_name(module)] = TensorSpec("F32", (layer.rows,))
     for name, tensors in replacements.items():
         mean = merge.adapters[tensors[0].owner].posterior.mean
         specs[_stored_name(name, layers)] = mean.specs[tensors[0].disk]
@@ -60,9 +66,12 @@ def write_tensors(
                 merged = merge_factors(merge, rank, copies)
             else:
                 merged = merge_products(merge, space, rank, module, copies)
-            for side, factor in zip("AB", merged.factors, strict=True):
-                data = encode(factor.reshape(-1), "F32")
-                sink.write_bytes(f"{PREFIX}{module}.lora_{side}.weight", 0, data)
+            names = copies[0].layer._replace(module=module).stored_names
+            for name, factor in zip(names, merged.factors, strict=True):
+                sink.write_bytes(PREFIX + name, 0, encode(factor.reshape(-1), "F32"))
+            if with_shifts:
+                data = encode(merge_shifts(merge, copies), "F32")
+                sink.write_bytes(_bias_name(module), 0, data)
             done[module] = MergedLayer(norm=merged.norm, error=merged.error, adapters=len(copies))
             if progress:
                 progress(len(done), len(layers))
@@ -71,6 +80,10 @@ def write_tensors(
             stored = _stored_name(name, layers)
             sink.write_bytes(stored, 0, encode(values.reshape(-1), specs[stored].dtype))
     return done
+
+
+def _bias_name(module: str) -> str:
+    return f"{PREFIX}{module}.lora_B.bias"
 
 
 def _stored_name(name: str, layers: Layers) -> str:
@@ -96,7 +109,17 @@ def write_config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    if len({_targets(adapter) for adapter in adapters}) > 1:
+    config |= dict.fromkeys(key for key in _OF_TRAINING if config.get(key))
+    if have_shifts(layers):
+        config["lora_bias"] = True
+    has_ties = any(adapter.config.get("ensure_weight_tying") for adapter in adapters)
+    if has_ties and any(copies[0].layer.is_embedding for copies in layers.values()):
+        # PEFT would tie the factors of the head to those of the embedding, which are other ones of
+        # the same product here; unless told, it adapts what is tied to a target without naming it.
+        config["ensure_weight_tying"] = False
+    else:
+        has_ties = False
+    if has_ties or len({_targets(adapter) for adapter in adapters}) > 1:
         config |= {"target_modules": sorted(layers)} | dict.fromkeys(_SELECTIONS)
     saved = {module for a in adapters for module in a.config.get("modules_to_save") or ()}
     config["modules_to_save"] = sorted(saved) or None

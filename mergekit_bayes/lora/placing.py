@@ -9,8 +9,15 @@ from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming, renamed_
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
-from mergekit_bayes.lora.config import CONFIG, is_targeted
+from mergekit_bayes.lora.config import is_targeted
 from mergekit_bayes.lora.layers import Layer
+from mergekit_bayes.lora.misplaced import (
+    named_base,
+    refuse_misplaced_biases,
+    refuse_misplaced_rows,
+)
+from mergekit_bayes.lora.tokens import TrainedRows
+from mergekit_bayes.lora.variants import initial_move, variant_notes
 from mergekit_bayes.lora.writers import FOLD
 
 # The end of a name from the number of its block on.
@@ -29,40 +36,74 @@ class Placement(NamedTuple):
 
     Attributes:
         layers: The layers by the base's tensor that they change.
+        biases: The layers by the base's bias that theirs is added to (`lora_bias`).
+        rows: The rows that are replaced, by the base's tensor.
         replaced: The tensors that are replaced, from the base's name to the adapter's name on disk.
         notes: Remarks on what is left out, and on what PEFT would do otherwise.
     """
 
     layers: dict[str, PlacedLayer]
+    biases: dict[str, Layer]
+    rows: dict[str, TrainedRows]
     replaced: dict[str, str]
     notes: tuple[str, ...]
 
 
-def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
+def place_adapter(
+    base: CheckpointSource, adapter: Adapter, heads: Mapping[str, str] | None = None
+) -> Placement:
     """Match an adapter with the tensors of a base.
+
+    Args:
+        base: The base's tensors.
+        adapter: The adapter.
+        heads: Heads that the base does not store, each with the embedding of the base that it is.
 
     Raises:
         ConfigError: The layout of a square weight is ambiguous.
         MismatchError: A layer or tensor of the adapter does not fit the base.
     """
+    stored_specs = {**base.specs, **{h: base.specs[e] for h, e in (heads or {}).items()}}
     weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
     stored = adapter.posterior.mean.specs
-    renaming = _find_renaming(base, adapter, weights)
+    renaming = _find_renaming(base, stored_specs, adapter, weights)
     layers = {renaming(name): layer for name, layer in weights.items()}
     replaced = {renaming(name): disk for name, disk in adapter.replacements.items()}
-    specs = {**base.specs, **{name: stored[disk] for name, disk in replaced.items()}}
+    specs = {**stored_specs, **{name: stored[disk] for name, disk in replaced.items()}}
     layers, notes = _effective(specs, adapter, layers)
     if renaming.names:
         notes.append(renamed_note(adapter.ref, renaming))
     if adapter.unused_note is not None:
         notes.append(adapter.unused_note)
+    notes += _notes_on_variants(adapter)
     for name, layer in layers.items():
         _check_layer(base, specs, adapter, name, layer)
     for name in replaced:
         _check_replacement(base, specs, adapter, name, replaced[name], notes)
     transposed = _find_transposed(specs, adapter, layers)
     placed = {name: PlacedLayer(layer, name in transposed) for name, layer in layers.items()}
-    return Placement(placed, replaced, tuple(notes))
+    biases = {renaming(f"{x.module}.bias"): x for x in layers.values() if x.bias is not None}
+    rows = {renaming(name): trained for name, trained in adapter.rows.items()}
+    refuse_misplaced_biases(base, specs, adapter, biases)
+    refuse_misplaced_rows(base, specs, adapter, rows, {*layers, *replaced})
+    return Placement(placed, biases, rows, replaced, tuple(notes))
+
+
+def _notes_on_variants(adapter: Adapter) -> list[str]:
+    """What of the config a report tells, and tensors that get no precision."""
+    notes = list(variant_notes(adapter.config, adapter.ref))
+    move = initial_move(adapter.config)
+    if move is not None:
+        notes.append(
+            f"'{adapter.ref}' began with {move}, which takes its first factors out of the base: "
+            "the base is moved likewise, as PEFT does when it loads such an adapter"
+        )
+    if adapter.posterior.has_precision and (adapter.config.get("use_dora") or adapter.rows):
+        notes.append(
+            f"'{adapter.ref}' has a precision, and what it says of weights with magnitudes (DoRA) "
+            "and of tables with trained rows is not known: those have none"
+        )
+    return notes
 
 
 def _effective(
@@ -93,7 +134,10 @@ def _effective(
 
 
 def _find_renaming(
-    base: CheckpointSource, adapter: Adapter, weights: Mapping[str, Layer]
+    base: CheckpointSource,
+    specs: Mapping[str, TensorSpec],
+    adapter: Adapter,
+    weights: Mapping[str, Layer],
 ) -> Renaming:
     """How the adapter's names of weights become the base's.
 
@@ -103,7 +147,13 @@ def _find_renaming(
     stored = adapter.posterior.mean.specs
     shapes = {name: TensorSpec("F32", layer.shape) for name, layer in weights.items()}
     shapes |= {name: stored[disk] for name, disk in adapter.replacements.items()}
-    renaming = find_renaming(base.specs, shapes, fits=_may_be_transposed)
+    shapes |= {name: stored[trained.disk] for name, trained in adapter.rows.items()}
+    shapes |= {
+        f"{layer.module}.bias": TensorSpec("F32", (layer.rows,))
+        for layer in weights.values()
+        if layer.bias is not None
+    }
+    renaming = find_renaming(specs, shapes, fits=_may_be_transposed)
     for name in sorted(weights.keys() & renaming.ambiguous.keys()):
         rivals = renaming.ambiguous[name]
         shown = " or ".join(f"'{rival}'" for rival in rivals[:2])
@@ -132,13 +182,16 @@ def _check_layer(
             f"hold. {_explain_absent(base, adapter, name, layer)}"
         )
     where = base.where(name) if name in base.specs else adapter.posterior.mean.where(layer.a)
-    shapes = [layer.shape] if layer.kernel else [layer.shape, layer.shape[::-1]]
+    shapes = (
+        [layer.shape] if layer.kernel or layer.is_embedding else [layer.shape, layer.shape[::-1]]
+    )
     if spec.shape not in shapes:
-        cause = f"Was it trained on another model ({_named_base(adapter)})?"
+        cause = f"Was it trained on another model ({named_base(adapter)})?"
         if is_vocabulary(name) and spec.shape[1:] == layer.shape[1:]:
             cause = (
                 "The vocabulary was resized before training, and the adapter does not hold the "
-                f"rows that were added: name the base of {layer.rows} rows that it was trained on."
+                f"rows that were added: name the base of {layer.shape[0]} rows that it was "
+                "trained on."
             )
         raise MismatchError(
             f"'{layer.a}' of '{adapter.ref}' changes a weight of {list(layer.shape)}, but '{name}' "
@@ -176,7 +229,7 @@ def _check_replacement(
         return
     raise MismatchError(
         f"'{disk}' of '{adapter.ref}' is {list(new)}, but '{name}' in {base.where(name)} is "
-        f"{list(old)}. Was it trained on another model ({_named_base(adapter)})?"
+        f"{list(old)}. Was it trained on another model ({named_base(adapter)})?"
     )
 
 
@@ -203,7 +256,7 @@ def _explain_absent(base: CheckpointSource, adapter: Adapter, name: str, layer: 
             "names, by another version of transformers or as a part of a larger model (such as "
             f"the language tower of a vision-language model). {FOLD}"
         )
-    return f"Was it trained on another model than this ({_named_base(adapter)})?"
+    return f"Was it trained on another model than this ({named_base(adapter)})?"
 
 
 def _find_transposed(
@@ -216,7 +269,7 @@ def _find_transposed(
     is_transposed: dict[str, bool] = {}
     square: list[str] = []
     for name, layer in layers.items():
-        if layer.kernel:
+        if layer.kernel or layer.is_embedding:
             continue
         if layer.rows == layer.columns:
             square.append(name)
@@ -230,13 +283,9 @@ def _find_transposed(
         )
     flag = bool(adapter.config.get("fan_in_fan_out"))
     square_transposed = layouts.pop() if len(layouts) == 1 else flag
-    return {n for n, yes in is_transposed.items() if yes} | (
-        set(square) if square_transposed else set()
-    )
-
-
-def _named_base(adapter: Adapter) -> str:
-    return f"{CONFIG} names '{adapter.config.get('base_model_name_or_path')}'"
+    transposed = {name for name, yes in is_transposed.items() if yes}
+    tables = {name for name, layer in layers.items() if layer.is_embedding}
+    return transposed | tables | (set(square) if square_transposed else set())
 
 
 def _some(names: Sequence[str]) -> str:
