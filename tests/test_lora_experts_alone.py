@@ -12,6 +12,7 @@ from tests.expert_adapters import (
     BOTH,
     DOWN,
     STACK,
+    equals,
     folded,
     give_precision,
     single_expert_adapter,
@@ -97,3 +98,14 @@ def test_merges_of_experts_that_have_no_meaning_are_refused(tmp_path, space, mes
     refs = [str(tmp_path / "a"), str(tmp_path / "b")]
     with pytest.raises(BmergeError, match=message):
         merge_adapters(refs, tmp_path / "m", space=space)
+
+
+def test_an_adapter_of_modules_and_one_of_experts_merge_into_one_that_peft_loads(tmp_path):
+    base = tiny_mixtral(tmp_path / "base")
+    modules = {"target_modules": ["q_proj"], "lora_dropout": 0.1}
+    experts = {"target_modules": [], **DOWN}
+    peft_adapter(tmp_path / "a", base, 1, r=2, lora_alpha=3, **modules)
+    peft_adapter(tmp_path / "b", base, 2, r=2, lora_alpha=3, **experts)
+    merge_adapters([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "m")
+    expected = folded(base, tmp_path / "m", tmp_path / "folded")
+    assert len(equals(base, tmp_path / "m", expected)) == 5
