@@ -6,8 +6,8 @@ from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.lora import split_ref
 from mergekit_bayes.models.limits import ADAPTER_CONFIG
-from mergekit_bayes.models.load import Loaded, base_of, is_classifier
-from mergekit_bayes.models.pretrained import load_adapter_config
+from mergekit_bayes.models.load import Loaded, is_classifier
+from mergekit_bayes.models.pretrained import base_of, load_adapter_config
 
 # Settings of the memory, without effect where there is none.
 OF_MEMORY = (

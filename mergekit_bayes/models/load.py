@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call, embedding_rows, longest_text, token_ids
 from mergekit_bayes.models.devices import SPREAD, choose_device
 from mergekit_bayes.models.limits import ADAPTER_CONFIG
 from mergekit_bayes.models.pretrained import (
+    base_of,
     load_adapter,
     load_adapter_config,
     load_config,
@@ -28,7 +29,7 @@ from mergekit_bayes.models.pretrained import (
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -220,25 +221,6 @@ def is_classifier(ref: str, *, trust_remote_code: bool = False) -> bool:
     if (path / ADAPTER_CONFIG).exists():
         return bool(load_adapter_config(path).task_type == "SEQ_CLS")
     return _has_classification_head(load_config(path, trust_remote_code=trust_remote_code))
-
-
-def base_of(path: Path, config: "PeftConfig") -> str:
-    """The path or Hub id of the base of an adapter.
-
-    Args:
-        path: The adapter's folder, for messages.
-        config: Its config.
-
-    Raises:
-        ConfigError: The config names none.
-    """
-    name = config.base_model_name_or_path
-    if not name:
-        raise ConfigError(
-            f"{path / ADAPTER_CONFIG}: base_model_name_or_path is {shown(name)}, and what the "
-            "adapter is to be put on must be known. Write the path or Hub id of its base there."
-        )
-    return f"{name}@{config.revision}" if config.revision and is_hub_id(name) else str(name)
 
 
 def other_head(loaded: Loaded) -> str | None:

@@ -7,8 +7,8 @@ from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call
 from mergekit_bayes.models.limits import ADAPTER_CONFIG, CONFIG, bounded_build, stored_in
-from mergekit_bayes.models.load import Task, base_of
-from mergekit_bayes.models.pretrained import load_adapter_config, load_config
+from mergekit_bayes.models.load import Task
+from mergekit_bayes.models.pretrained import base_of, load_adapter_config, load_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
