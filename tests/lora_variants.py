@@ -55,8 +55,8 @@ VARIANTS = {
     "whole tied embedding": {"target_modules": Q, "modules_to_save": ["embed_tokens"], **TIED},
     "whole tied head": {"target_modules": Q, "modules_to_save": ["lm_head"], **TIED},
     "whole both": {"target_modules": Q, "modules_to_save": ["embed_tokens", "lm_head"]},
-    "tokens": {"target_modules": Q, "trainable_token_indices": [7, 3]},
-    "tied tokens": {"target_modules": Q, "trainable_token_indices": [7, 3], **TIED},
+    "tokens": {"target_modules": Q, "trainable_token_indices": [7, 3, 9, 1]},
+    "tied tokens": {"target_modules": Q, "trainable_token_indices": [7, 3, 9, 1], **TIED},
     "tokens by module": {"target_modules": Q, "trainable_token_indices": {"embed_tokens": [10]}},
     "tokens of both": {
         "target_modules": Q,
@@ -153,6 +153,7 @@ def _stored_as(base_folder, dtype):
 def logits_folded(base_folder, adapter_folder, dtype):
     """What the base computes with the tensors of BASE+ADAPTER, on a base that stores a dtype."""
     with open_adapted(f"{_stored_as(base_folder, dtype)}+{adapter_folder}") as opened:
+        assert not any("PEFT ignores" in note for note in opened.mean.notes)
         tensors = {n: torch.from_numpy(read_tensor(opened.mean, n)) for n in opened.mean.specs}
     model = load(base_folder)
     if HEAD in tensors and model.config.tie_word_embeddings:

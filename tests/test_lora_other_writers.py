@@ -65,6 +65,16 @@ def test_a_file_of_another_writer_is_no_model_and_no_adapter(tmp_path, name):
         run_merge(MergeConfig(models=(str(path), str(path)), out=str(tmp_path / "out")))
 
 
+@pytest.mark.parametrize(
+    "name", ["lora_embedding_A", "lora_magnitude_vector", "lora_B.bias", "trainable_tokens_delta"]
+)
+def test_a_part_of_peft_without_its_config_is_told_to_be_named_with_it(tmp_path, name):
+    stored = {f"{PREFIX}m.q.{name}": np.ones((2, 2), np.float32)}
+    path = tiny.write(tmp_path / "x.safetensors", stored)
+    with pytest.raises(CheckpointError, match=r"written by PEFT.*adapter_config\.json, after"):
+        open_adapter(str(path))
+
+
 def test_factors_of_peft_given_as_a_file_are_no_model(tmp_path):
     path = tiny.write(tmp_path / "renamed.safetensors", tensors_of(factors(0)))
     with pytest.raises(MismatchError, match=r"factors are not merged\s+one by one.*BASE\+FOLDER"):

@@ -1,5 +1,7 @@
 """Adapters of variants that are linear are merged without their base, and weighed."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.errors import ConfigError, MismatchError
+from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora import merge_adapters, open_adapted
+from mergekit_bayes.lora.layers import Factors
+from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import PosteriorInfo, identify, save_posterior
 from tests import tiny
 from tests.adapters import factors, tensors_of, written
@@ -62,6 +66,12 @@ LINEAR = {
     "embedding": ("untied", {"target_modules": TABLE}),
     "embedding and head": ("tied", {"target_modules": BOTH}),
     "tied": ("tied", {"target_modules": TABLE, **TIED}),
+    "velora": ("untied", VARIANTS["velora"]),
+    "lora_bias of one": (
+        "untied",
+        {"target_modules": QV},
+        {"target_modules": ["q_proj"], "lora_bias": True},
+    ),
     "patterns": ("untied", {"target_modules": QV, "use_rslora": True, **PATTERNS}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "wpe"]}),
 }
@@ -72,16 +82,18 @@ LINEAR = {
 def test_adapters_merged_alone_are_the_sum_of_their_changes_and_load_in_peft(
     tmp_path, bases, name, space
 ):
-    kind, settings = LINEAR[name]
+    kind, first, *other = LINEAR[name]
     folders = [
         trained(tmp_path / str(i), bases / kind, seed=i, **{"r": 2, "lora_alpha": 3 + i} | settings)
-        for i in range(2)
+        for i, settings in enumerate((first, *(other or [first])))
     ]
     scales = (0.5, -0.3)
     options = {"rank": 4} if space == "product" else {}
     merge_adapters(
         [str(f) for f in folders], tmp_path / "out", scales=scales, space=space, **options
     )
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["velora_config"] is None
     parts = [changes(bases / kind, folder) for folder in folders]
     for tensor, found in changes(bases / kind, tmp_path / "out").items():
         expected = sum(c * part[tensor] for c, part in zip(scales, parts, strict=True))
@@ -118,6 +130,15 @@ def test_biases_and_embeddings_are_not_merged_alone_into_what_peft_does_not_load
         merge_adapters(folders, tmp_path / "out")
 
 
+def test_a_table_and_a_linear_layer_of_one_name_are_not_merged_alone(tmp_path):
+    a, b = np.ones((2, 4), np.float32), np.ones((6, 2), np.float32)
+    linear = tensors_of({"m.q": Factors(a, b)})
+    table = {f"base_model.model.m.q.lora_embedding_{s}": t for s, t in (("A", b.T), ("B", a.T))}
+    folders = [str(written(tmp_path / n, t)) for n, t in (("a", linear), ("b", table))]
+    with pytest.raises(MismatchError, match=r"'m\.q' is a table of embeddings in one of"):
+        merge_adapters(folders, tmp_path / "out")
+
+
 def test_a_bias_has_the_precision_of_its_scaled_factor_and_is_weighed_by_it(tmp_path):
     shapes = {"m.q.weight": (6, 4), "m.q.bias": (6,)}
     tiny.write(tmp_path / "base/model.safetensors", tiny.arrays(0, shapes))
@@ -148,16 +169,22 @@ def test_a_bias_has_the_precision_of_its_scaled_factor_and_is_weighed_by_it(tmp_
     np.testing.assert_allclose(merged[Q_BIAS], expected, rtol=1e-5)
 
 
-def test_what_has_magnitudes_or_trained_rows_has_no_precision_and_a_note_says_so(tmp_path):
+def test_what_has_magnitudes_has_no_precision_and_a_note_says_so(tmp_path):
     tensors = {"m.q.weight": (6, 4), "m.k.weight": (6, 4)}
     tiny.write(tmp_path / "base/model.safetensors", tiny.arrays(0, tensors))
-    made = tensors_of(factors(0, layers={"m.q": (6, 4)})) | {MAGNITUDE: np.ones(6, np.float32)}
-    folder = written(tmp_path / "a", made, use_dora=True)
-    with SafetensorsSource(checkpoint_files(folder)) as source:
-        record = PosteriorInfo(
-            estimator="ggn", unit="token", observations=10.0, ess=10.0, mean=identify(source)
-        )
-    save_posterior(folder, {n: np.ones_like(t) for n, t in made.items()}, record)
-    with open_adapted(f"{tmp_path / 'base'}+{folder}") as opened:
-        assert not opened.precision.specs
-        assert any("magnitudes (DoRA)" in note for note in opened.mean.notes)
+    refs = []
+    for i in range(2):
+        made = tensors_of(factors(i, layers={"m.q": (6, 4)})) | {MAGNITUDE: np.ones(6, "f4")}
+        folder = written(tmp_path / str(i), made, use_dora=True)
+        with SafetensorsSource(checkpoint_files(folder)) as source:
+            record = PosteriorInfo(
+                estimator="ggn", unit="token", observations=10.0, ess=10.0, mean=identify(source)
+            )
+        save_posterior(folder, {n: np.ones_like(t) for n, t in made.items()}, record)
+        refs.append(f"{tmp_path / 'base'}+{folder}")
+        with open_adapted(refs[-1]) as opened:
+            assert not opened.precision.specs
+            assert any("magnitudes (DoRA)" in note for note in opened.mean.notes)
+    config = MergeConfig(models=tuple(refs), weights="precision", out=str(tmp_path / "out"))
+    with pytest.raises(PrecisionError, match=r"no precision for 'm\.q\.weight'.*magnitudes"):
+        run_merge(config)

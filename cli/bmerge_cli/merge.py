@@ -46,8 +46,6 @@ from mergekit_bayes.plan import MergePlan, partial_path, plan_merge
 from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.recipes import read_recipe
 
-NAME = "merge"
-
 
 @failures()
 @flags_of(

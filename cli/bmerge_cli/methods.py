@@ -10,8 +10,6 @@ from bmerge_cli.render import Json, failures, print_json
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.methods.base import Method, Parameter
 
-NAME = "methods"
-
 
 @failures()
 def command(as_json: Json = False) -> None:

@@ -188,6 +188,14 @@ class AdaptedSource(Closing):
             "applied to"
         )
 
+    def explain_no_precision(self, name: str) -> str | None:
+        """Why an adapter with a precision gives none to a tensor; None if it might."""
+        if name in self.rows:
+            return "Its rows were trained one by one, and nothing is known of the others."
+        if name in self.adapted and self.adapted[name].layer.magnitude is not None:
+            return "It has magnitudes (DoRA), whose norm ties all entries of an output."
+        return None
+
     def where(self, name: str) -> str:
         """The file or files of which a tensor is made, for messages."""
         source, stored = self._origin(name)

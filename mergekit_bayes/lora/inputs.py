@@ -18,6 +18,11 @@ from mergekit_bayes.lora.rules import Rule
 from mergekit_bayes.methods.base import Facts
 
 _SINGLE = re.compile(r"(?P<owner>.+)\.\d+\.\w+")  # a module of one expert
+_OTHER_MODEL = "Were they trained on different models?"
+_OTHER_ORDER = (
+    "The factors of experts have another order in PEFT before 0.19.1. Fold instead: "
+    "`bmerge merge BASE+A BASE+B --base BASE`."
+)
 Space = Literal["product", "concat", "factor", "core"]
 Weights = Literal["uniform", "precision"]
 
@@ -97,7 +102,8 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
         experts one by one.
 
     Raises:
-        MismatchError: A layer has different shapes, or experts are stacked in some adapters only.
+        MismatchError: A layer has different shapes or kinds, or experts are stacked in some
+            adapters only.
     """
     stacks: dict[str, list[LayerCopy]] = {}
     replacements: dict[str, list[TensorCopy]] = {}
@@ -108,10 +114,18 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
             copies = stacks.setdefault(name, [])
             first = copies[0].layer if copies else layer
             if first.shape != layer.shape:
+                is_other_order = layer.experts > 1 and first.shape[::2] == layer.shape[:2]
                 raise MismatchError(
                     f"'{layer.tensor}' changes a weight of {list(layer.shape)} in "
                     f"'{adapter.ref}' but of {list(first.shape)} in "
-                    f"'{adapters[copies[0].owner].ref}'. Were they trained on different models?"
+                    f"'{adapters[copies[0].owner].ref}'. "
+                    + (_OTHER_ORDER if is_other_order else _OTHER_MODEL)
+                )
+            if first.is_embedding != layer.is_embedding:
+                raise MismatchError(
+                    f"'{layer.module}' is a table of embeddings in one of '{adapter.ref}' and "
+                    f"'{adapters[copies[0].owner].ref}', and a linear layer in the other. Were "
+                    "they trained on different models?"
                 )
             copies.append(LayerCopy(index, layer))
         for name, disk in adapter.replacements.items():

@@ -19,6 +19,8 @@ from mergekit_bayes.lora.shifts import have_shifts, merge_shifts
 from mergekit_bayes.lora.spaces import merge_layer
 from mergekit_bayes.records import Progress
 
+# Settings of initialisations and of training, which a merged adapter has behind it.
+_OF_TRAINING = ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config")
 # What selects a subset of `target_modules`.
 _SELECTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -131,6 +133,7 @@ def write_config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    config |= dict.fromkeys(key for key in _OF_TRAINING if config.get(key))
     if have_shifts(layers):
         config["lora_bias"] = True
     has_ties = any(adapter.config.get("ensure_weight_tying") for adapter in adapters)

@@ -23,6 +23,7 @@ from mergekit_bayes.lora.writers import FOLD
 
 _T = TypeVar("_T")
 WEIGHT = "weight"
+_ALL = "all-linear"  # what PEFT writes out as a list, and other programs as it is
 _WRAPPED = ".base_layer"
 _ATTENTION = ".base_layer.out_proj"  # in the wrapper of a whole MultiheadAttention
 # Parameters that one module may register, in that order (transformers 5.23, all models).
@@ -211,6 +212,8 @@ def _parameters(
     ends = (".".join(words[start:]) for start in range(len(words)))
     exact = list(dict.fromkeys(name for end in ends for name in named.by_owner.get(end, ())))
     if not (exact or named.bare) or _is_module_targeted(config, module):
+        return []
+    if not exact and count == 1 and config.get("target_modules") == _ALL:
         return []
     more = [] if count <= len(exact) else [name for name in named.bare if name not in exact]
     names = exact + more

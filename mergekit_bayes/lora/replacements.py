@@ -27,7 +27,8 @@ def decide_replacements(merge: AdapterMerge, replacements: Replacements) -> dict
         if len(copies) < len(merge.adapters):
             lacking = min(set(range(len(merge.adapters))) - {copy.owner for copy in copies})
             raise MismatchError(
-                f"'{name}' is whole in '{merge.adapters[copies[0].owner].ref}' (modules_to_save) "
+                f"'{name}' is whole in '{merge.adapters[copies[0].owner].ref}' (modules_to_save, "
+                "bias, or stored below its factors) "
                 f"but not in '{merge.adapters[lacking].ref}'. {_FOLD}"
             )
         means = [merge.adapters[copy.owner].posterior.mean for copy in copies]

@@ -30,19 +30,26 @@ _WITHOUT_EFFECT = (
     *("auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout"),
     *("runtime_config", "velora_config", "eva_config", "corda_config", "lora_ga_config"),
     *("loftq_config", "megatron_config", "megatron_core"),
-    *("enable_lora", "merge_weights"),  # of PEFT until 0.3
+    "merge_weights",  # of PEFT until 0.3
 )
 _DEPENDS = "What it adds depends on the input, so that it cannot be folded into weights or merged."
 _QUANTISED = "It belongs to a quantised base, and PEFT does not fold it either."
+_REPEATED = (
+    "It belongs to a base with repeated layers, and PEFT's own fold adds the changes of all copies "
+    "of a layer to each. Write that base out first (a recipe of mergekit with `slices` and "
+    "`merge_method: passthrough`), take layer_replication out of adapter_config.json, and put the "
+    "written base before the adapter."
+)
 # Refused where they are on, with what to do.
 _REFUSED = {
-    "layer_replication": FOLD,
+    "layer_replication": _REPEATED,
     "alora_invocation_tokens": _DEPENDS,
     "arrow_config": _DEPENDS,
     "use_qalora": _QUANTISED,
     "kasa_config": FOLD,
     "monteclora_config": FOLD,
     "use_bdlora": FOLD,
+    "enable_lora": FOLD,  # of PEFT until 0.3: factors of a part of a fused layer
 }
 _DETAILS = {"qalora_group_size": "use_qalora"}  # keys without effect where another one is off
 _PLAIN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")

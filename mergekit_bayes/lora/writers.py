@@ -13,6 +13,7 @@ from mergekit_bayes.errors import BmergeError, MismatchError
 from mergekit_bayes.posterior import Posterior
 
 FOLD = "Fold it into its base with `PeftModel.merge_and_unload()` and merge the result."
+_FOLDER = "Name its folder, with its adapter_config.json, after the base: BASE+FOLDER."
 _DIFFUSERS = (
     "Fold it into its pipeline with diffusers (`load_lora_weights`, `fuse_lora`, "
     "`save_pretrained`) and merge the parts of the result."
@@ -64,21 +65,17 @@ _NAMES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             "form, and merge the result.",
         ),
         (r"\.adapters?\..*\.adapter_(down|up)\.", *_ADAPTERHUB),
-        (
-            r"\.lora_embedding_[AB](\.|$)",
-            "PEFT, as a factor of an embedding",
-            "Name its folder, with its adapter_config.json, after the base: BASE+FOLDER.",
-        ),
+        (r"\.lora_embedding_[AB](\.|$)", "PEFT, as a factor of an embedding", _FOLDER),
         (r"\.dora_scale$", "LyCORIS, as a magnitude of DoRA", FOLD),
-        (r"\.lora_magnitude_vector", "PEFT, as a magnitude of DoRA", FOLD),
+        (r"\.lora_magnitude_vector", "PEFT, as a magnitude of DoRA", _FOLDER),
         (r"\.vera_(lambda|[AB])", "PEFT, as a part of VeRA", FOLD),
         (r"\.ia3_l(\.|$)", "PEFT, as a factor of IA3", FOLD),
         (r"\.hada_[wt]", "PEFT or LyCORIS, as a factor of LoHa", FOLD),
         (r"\.lokr_[wt]", "PEFT or LyCORIS, as a factor of LoKr", FOLD),
         (r"\.b?oft_", "PEFT, as a rotation of OFT", FOLD),
         (r"\.lora_E(\.|$)|\.ranknum(\.|$)", "PEFT, as a part of AdaLoRA", FOLD),
-        (r"\.lora_[AB](\.[^.]+)?\.bias$", "PEFT, as a bias of a factor (lora_bias)", FOLD),
-        (r"trainable_tokens_delta", "PEFT, as rows of trained tokens", FOLD),
+        (r"\.lora_[AB](\.[^.]+)?\.bias$", "PEFT, as a bias of a factor (lora_bias)", _FOLDER),
+        (r"trainable_tokens_delta", "PEFT, as rows of trained tokens", _FOLDER),
         (
             r"\.(hra|fourierft|vblora|randlora|shira|c3a|road|bone|miss|waveft|delora|psoft)_",
             "PEFT, by a method other than LoRA",
