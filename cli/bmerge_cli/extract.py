@@ -52,7 +52,7 @@ def command(
         if delivery.out is not None:
             settings["out"] = delivery.out
         config = parse_flags(ExtractConfig, settings, "bmerge extract")
-        from mergekit_bayes.extract import run_extract
+        from mergekit_bayes.extract.run import run_extract
 
         with steps_bar(console(quiet=quiet or as_json)) as advance:
             report = run_extract(config, progress=lambda done, of: advance("extracting", done, of))

@@ -96,12 +96,12 @@ class Extra(NamedTuple):
     Attributes:
         whole: Modules that are stored whole.
         biases: Biases whose change is stored; None where `lora_bias` is off.
-        tied: The heads that follow an adapted embedding.
+        tied: The heads that follow an adapted embedding, each with that embedding's module.
     """
 
     whole: Sequence[str]
     biases: Sequence[str] | None
-    tied: Sequence[str]
+    tied: Mapping[str, str]
 
 
 def write_tensors(models: Models, spool: Spool, extra: Extra, folder: Path) -> int:
@@ -137,6 +137,7 @@ def write_tensors(models: Models, spool: Spool, extra: Extra, folder: Path) -> i
 def write_config(models: Models, spool: Spool, extra: Extra, base: str, folder: Path) -> None:
     """Write `adapter_config.json`, with alpha = r for every module, so that the scaling is 1."""
     ranks = {each.place.module: each.rank for each in spool.factors}
+    ranks |= {head: ranks[embedding] for head, embedding in extra.tied.items()}
     most = max(ranks.values(), default=1)
     pattern = _rank_pattern(ranks, most)
     name, _, revision = base.partition("@") if is_hub_id(base) else (base, "", "")
@@ -149,7 +150,7 @@ def write_config(models: Models, spool: Spool, extra: Extra, base: str, folder: 
         "lora_alpha": most,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": sorted([*ranks, *extra.tied]),
+        "target_modules": sorted(ranks),
         "modules_to_save": list(extra.whole) or None,
         "fan_in_fan_out": any(each.place.transposed for each in spool.factors),
         "bias": "none",

@@ -108,7 +108,7 @@ def _write(
     limits = Limits(rank, config.tolerance, config.sweeps, config.dtype)
     layers: dict[str, ExtractedLayer] = {}
     others: dict[str, OtherChange] = {}
-    tied: list[str] = []
+    tied: dict[str, str] = {}
     specs, unchanged, done = models.base.mean.specs, 0, 0
     entries = sum(specs[name].size for name in models.pairing.tuned)
     for name in models.pairing.tuned:
@@ -116,7 +116,7 @@ def _write(
         if found.factors is not None and found.layer is not None:
             spool.add(found.place, found.factors)
             layers[found.place.module] = found.layer
-            tied += heads_tied_to(models, name) or ()
+            tied |= dict.fromkeys(heads_tied_to(models, name) or (), found.place.module)
         elif found.other is not None:
             others[name] = found.other
         else:
