@@ -19,6 +19,8 @@ from mergekit_bayes.posterior import Posterior
 NEEDS_EMBEDDINGS = "an embedding or a head of the vocabulary: --embeddings adapts them"
 SHARED = "shared by several modules, of which PEFT adapts one"
 BEYOND = "no matrix of a linear layer: --rest stores what PEFT can replace"
+EXPERTS = "a part of the experts, which transformers 5 keeps as parameters of one module"
+FOREIGN = "a table or a head whose module PEFT does not adapt, or knows by another name"
 ROUNDING = "no more than rounding, or all within the tolerance"
 
 
@@ -139,8 +141,9 @@ def _without_factors(models: Models, name: str, kind: Kind, *, embeddings: bool)
     """Why a changed tensor gets no factors; None if it does."""
     if kind is Kind.WHOLE:
         return f"stored whole, as PEFT does for {models.modules.task}"
-    if kind is Kind.REST:
-        return BEYOND
+    by_kind = {Kind.REST: BEYOND, Kind.EXPERT: EXPERTS, Kind.FOREIGN: FOREIGN}
+    if kind in by_kind:
+        return by_kind[kind]
     if kind is Kind.LINEAR:
         return None
     if not embeddings:

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from mergekit_bayes.checkpoint.layers import linear_axes
-from mergekit_bayes.checkpoint.names import is_vocabulary, output_layer
+from mergekit_bayes.checkpoint.names import is_token_embedding, is_vocabulary, output_layer
 from mergekit_bayes.checkpoint.specs import TensorSpec
 
 # Prefixes of the model below its head in transformers, where they are not the model type.
@@ -34,7 +34,15 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 _EXPERT = re.compile(r"(^|\.)experts\.")
-_ROUTER = re.compile(r"(^|\.)(gate|router|router\.classifier|router\.layer)\.weight$")
+_ROUTER = re.compile(r"(^|\.)(gate|router|router\.classifier|router\.layer)\.(weight|bias)$")
+# Tables that every architecture looks up by a plain nn.Embedding; others are looked up in ways of
+# their own (OPT's positions, DeBERTa's relative ones), which factors of PEFT do not take part in.
+_TABLE = re.compile(r"(^|\.)(wpe|position_embeddings|token_type_embeddings)\.weight$")
+_HEAD = re.compile(r"(^|\.)lm_head\.weight$")  # other heads have other names in transformers 5
+# Kernels of state-space layers read these weights themselves, past factors; PEFT refuses some.
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_IN_MAMBA = re.compile(r"(^|\.)(out_proj|conv1d)\.")
+_STATE_SPACE = re.compile(r"(^|\.)(mixer|mamba)\.(out_proj|conv1d|x_proj|dt_proj)\.")
 
 
 class Kind(Enum):
@@ -44,6 +52,8 @@ class Kind(Enum):
     EMBEDDING = "embedding"
     HEAD = "head"
     WHOLE = "stored whole"
+    EXPERT = "part of the experts"
+    FOREIGN = "a table or head that PEFT does not adapt"
     REST = "other"
 
 
@@ -96,10 +106,13 @@ def find_modules(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> 
         task, ends = None, ()  # the base has no head, and PEFT would look for it
     linear = linear_axes(specs)
     has_experts = any(map(_EXPERT.search, specs))
+    is_mamba = config.get("model_type") in _MAMBA
     places = {}
     for name, spec in specs.items():
         module, _, tensor = named[name].rpartition(".")
         kind = _kind(name, spec, linear, specs, has_experts=has_experts)
+        if _STATE_SPACE.search(name) or (is_mamba and _IN_MAMBA.search(name)):
+            kind = Kind.FOREIGN
         if _is_below(module, ends):
             kind = Kind.WHOLE
         places[name] = Place(module, tensor, kind, linear.get(name) == -2)
@@ -128,7 +141,7 @@ def _missing_prefix(
     specs: Mapping[str, TensorSpec], config: Mapping[str, Any], architecture: str
 ) -> str:
     """What a checkpoint of the model below the head leaves out of its names, as GPT-2's does."""
-    if not _HEADED.search(architecture):
+    if not _HEADED.search(architecture) or config.get("is_encoder_decoder"):
         return ""
     tops = {name.partition(".")[0] for name in specs if not output_layer(name)}
     kind = str(config.get("model_type", ""))
@@ -146,17 +159,19 @@ def _kind(
     *,
     has_experts: bool,
 ) -> Kind:
+    if _EXPERT.search(name) or (has_experts and _ROUTER.search(name)):
+        return Kind.EXPERT
     if len(spec.shape) != 2 or not name.endswith(".weight"):
         return Kind.REST
-    if _EXPERT.search(name) or (has_experts and _ROUTER.search(name)):
-        return Kind.REST  # of transformers 5, in which they are parameters of one module
     if f"{name.removesuffix('.out_proj.weight')}.in_proj_weight" in specs:
         return Kind.REST  # of nn.MultiheadAttention, which does not call its output layer
     if name in linear:
         return Kind.LINEAR
-    if is_vocabulary(name) and output_layer(name):
+    if _HEAD.search(name):
         return Kind.HEAD
-    return Kind.EMBEDDING
+    if is_token_embedding(name) or _TABLE.search(name):
+        return Kind.EMBEDDING
+    return Kind.FOREIGN if is_vocabulary(name) else Kind.REST
 
 
 def _is_below(module: str, ends: tuple[str, ...]) -> bool:

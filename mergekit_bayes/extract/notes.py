@@ -34,7 +34,8 @@ def notes_of(models: Models, report: ExtractReport, extra: Extra) -> Iterator[st
         )
     if extra.tied:
         yield (
-            f"{_some(list(extra.tied))} follows the adapted embedding (ensure_weight_tying). "
+            f"{_some(list(extra.tied))} follows the adapted embedding (ensure_weight_tying): PEFT "
+            "makes its factors of the embedding's, and warns that they are not in the file. "
             "`merge_and_unload()` of PEFT 0.21 adds such a change twice: fold with `bmerge merge "
             "BASE+ADAPTER`"
         )

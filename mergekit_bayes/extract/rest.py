@@ -5,18 +5,16 @@ module's. The bias of an adapted layer changes by a bias of the factor B (`lora_
 has for all adapted layers or for none.
 """
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from mergekit_bayes.extract.modules import Kind, Modules
 from mergekit_bayes.extract.report import ExtractedLayer, OtherChange
 
-_EXPERT = re.compile(r"(^|\.)experts\.")
 _NO_BIAS = "a bias of an adapted layer, and not every adapted layer has one for lora_bias"
 _EMBEDDED = "a bias of an adapted layer, and PEFT has no lora_bias beside adapted embeddings"
 _INSIDE = "a parameter of a module with others inside, which PEFT does not replace alone"
-_EXPERTS = "a part of the experts, which transformers 5 keeps in one module"
+_OF_TABLE = "of a table or head of the vocabulary, which is not stored whole"
 
 
 class Rest(NamedTuple):
@@ -44,8 +42,10 @@ def store_rest(
         others: The changed tensors without factors, by the base's names.
     """
     members: dict[str, list[str]] = {}
+    kinds: dict[str, set[Kind]] = {}
     for place in modules.places.values():
         members.setdefault(place.module, []).append(place.tensor)
+        kinds.setdefault(place.module, set()).add(place.kind)
     parents = {path for module in members for path in _parents(module)}
     why_no_bias = _why_no_bias(layers, members)
     whole: set[str] = set()
@@ -60,8 +60,8 @@ def store_rest(
             why = why_no_bias if place.tensor == "bias" else _INSIDE
             if why is None:
                 biases.append(name)
-        elif _EXPERT.search(name):
-            why = _EXPERTS
+        elif kinds[place.module] - {Kind.REST, Kind.LINEAR}:
+            why = _OF_TABLE
         elif not place.module or place.module in parents:
             why = _INSIDE
         else:
