@@ -18,9 +18,10 @@ from mergekit_bayes.extract import ExtractConfig, run_extract
 from mergekit_bayes.hub import make_card
 from mergekit_bayes.lora import open_model
 from mergekit_bayes.merge import MergeConfig, run_merge
-from tests import tiny
+from tests import pushing, tiny
 from tests.tiny_models import WORDS, give_posterior, tiny_bert, tiny_gpt2
 
+hub = pushing.hub
 ROWS = torch.tensor([[4, 5, 6, 7, 8], [9, 4, 11, 5, 12]])
 RANK = 3
 
@@ -340,6 +341,22 @@ def test_a_folder_tells_how_it_was_made_and_so_does_its_card(worlds, tmp_path):
     assert "`model.unload()` gives the base back, bit for bit" in card
     assert "fine-tuned" not in card
     assert str(root) not in card
+
+
+def test_an_adapter_is_pushed_without_an_output_of_its_own(hub, worlds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root, before = worlds("llama"), set(tmp_path.iterdir())
+    words = ["extract", str(root / "tuned"), "--base", str(root / "base"), "--rank", "2"]
+    done = CliRunner().invoke(app, [*words, "--push-to", "org/edit", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["push"]["changed"] is True
+    there = hub.repos["org/edit"].files()
+    assert {"adapter_config.json", "adapter_model.safetensors", "extract_report.json"} <= set(there)
+    assert b"took the change of `tuned`" in there["README.md"]
+    assert set(tmp_path.iterdir()) == before
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert "-o" in done.stderr
 
 
 def test_factors_in_another_format(worlds, tmp_path):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from mergekit_bayes.extract.changes import Models
 from mergekit_bayes.extract.output import Extra
+from mergekit_bayes.extract.precisions import NATS
 from mergekit_bayes.extract.report import ExtractReport, OtherChange
 
 _LISTED = 3  # names in a note
@@ -24,6 +25,7 @@ def notes_of(models: Models, report: ExtractReport, extra: Extra) -> Iterator[st
             f"the precision of '{report.model}' follows from its adapter's factors and is one of "
             "single entries, which overstates the loss"
         )
+    yield from _on_units(models, report)
     yield from _on_missing_precisions(models)
     yield from _on_left_out(report)
     if extra.whole:
@@ -38,6 +40,16 @@ def notes_of(models: Models, report: ExtractReport, extra: Extra) -> Iterator[st
             "makes its factors of the embedding's, and warns that they are not in the file. "
             "`merge_and_unload()` of PEFT 0.21 adds such a change twice: fold with `bmerge merge "
             "BASE+ADAPTER`"
+        )
+
+
+def _on_units(models: Models, report: ExtractReport) -> Iterator[str]:
+    """What the losses of a report are not."""
+    if report.unit == NATS:
+        yield (
+            "losses are those of the precision, to second order at the tuned weights, and weigh "
+            "one choice against another. A whole change costs more, by far where the precision has "
+            "one number an entry: `bmerge evaluate` of BASE+ADAPTER measures it"
         )
 
 

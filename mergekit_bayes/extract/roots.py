@@ -10,7 +10,9 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.specs import Array
 
-FLOOR = 1e-4  # smallest precision, relative to the mean of the axis or tensor
+# Smallest precision, relative to the mean of the axis or tensor: where an estimate saw no curvature
+# there may be some, and a change must not grow there without bound.
+FLOOR = 1e-2
 
 
 class Root(Protocol):

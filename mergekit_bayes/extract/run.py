@@ -55,6 +55,8 @@ def run_extract(config: ExtractConfig, *, progress: Progress | None = None) -> E
             the same.
         PrecisionError: The precision is missing, of other weights, or invalid.
     """
+    if config.out is None:
+        raise ConfigError("no output: name the folder of the adapter with -o.")
     target = Path(config.out).expanduser()
     if target.suffix == ".safetensors":
         raise ConfigError(f"-o {config.out}: an adapter is a folder. Choose a name of one.")

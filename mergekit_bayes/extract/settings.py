@@ -20,7 +20,7 @@ class ExtractConfig(Config):
         description="The tuned or edited model: a folder, a file, a Hub id, or BASE+ADAPTER."
     )
     base: str = Field(description="The model that it was made of, likewise.")
-    out: str = Field(description="The folder of the adapter.")
+    out: str | None = Field(None, description="The folder of the adapter.")
     rank: int | None = Field(
         None,
         ge=1,
