@@ -23,7 +23,7 @@ KINDS = {"adapt": AdaptConfig, "detox": DetoxConfig, "finetune": FinetuneConfig}
 
 
 def commands():
-    return get_command(app).commands
+    return {name: c.loaded for name, c in get_command(app).commands.items()}
 
 
 @pytest.mark.parametrize(

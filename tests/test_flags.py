@@ -113,7 +113,7 @@ def test_the_help_says_descriptions_and_defaults():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_flags_of_a_command_are_described_by_its_config(name):
     fields = CONFIGS[name].model_fields
-    shared = [p for p in get_command(app).commands[name].params if p.name in fields]
+    shared = [p for p in get_command(app).commands[name].loaded.params if p.name in fields]
     assert shared
     for parameter in shared:
         assert parameter.help == fields[parameter.name].description, parameter.name
@@ -127,7 +127,7 @@ IDENTITIES |= {f"full_{name}" for name in IDENTITIES}
 
 @pytest.mark.parametrize(("name", "keys"), [("merge", IDENTITIES)])
 def test_every_setting_but_those_of_recipes_has_a_flag(name, keys):
-    parameters = {p.name for p in get_command(app).commands[name].params}
+    parameters = {p.name for p in get_command(app).commands[name].loaded.params}
     assert CONFIGS[name].model_fields.keys() - parameters == keys
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bmerge_cli.main import COMMANDS
 from mergekit_bayes.mix import MixConfig, run_mix
 from scripts.floors import (
     circles,
@@ -89,16 +90,21 @@ def test_every_init_only_hands_names_on():
 
 
 def loaded_by(code: str) -> set[str]:
-    script = f"{code}\nimport sys; print(' '.join(sorted(m for m in sys.modules if '.' not in m)))"
+    script = f"{code}\nimport sys; print(' '.join(sorted(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
     return set(done.stdout.split())
 
 
-def test_the_command_line_and_the_merge_load_no_heavy_library():
-    light = "bmerge_cli.main, mergekit_bayes.merge, mergekit_bayes.inspect"
-    assert not HEAVY & loaded_by(f"import {light}")
+def test_the_commands_and_the_merge_load_no_heavy_library():
+    """Commands are loaded one by one, when they are called."""
+    commands = (f"bmerge_cli.{name}" for name in COMMANDS)
+    light = ", ".join(["bmerge_cli.main", *commands, "mergekit_bayes.merge"])
+    loaded = loaded_by(f"import {light}")
+    assert loaded >= {"bmerge_cli.merge", "bmerge_cli.detox"}
+    assert not HEAVY & loaded
+    assert not {f"bmerge_cli.{name}" for name in COMMANDS} & loaded_by("import bmerge_cli.main")
 
 
 @pytest.mark.parametrize("refused", ["an output that exists", "a mixture"])

@@ -193,9 +193,9 @@ def test_a_second_process_finds_the_compiled_pass_in_the_cache():
     for name, method in METHODS.items():
         if method.tensor is not None:
             continue
-        kernels = [fused._make(case(name)[0], type(facts_of(method, 2)))]
+        kernels = [fused.make_pass(case(name)[0], type(facts_of(method, 2)))]
         if method.reduction is not None:
-            kernels.append(fused._make_reduction(case(name)[0]))
+            kernels.append(fused.make_reduction(case(name)[0]))
         contents = [c.cell_contents for k in kernels for c in k.py_func.__closure__]
         named = [content for content in contents if isinstance(content, FunctionType | type)]
         assert named, name

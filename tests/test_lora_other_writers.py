@@ -23,9 +23,7 @@ REFUSED = {
     "transformer.h.0.attn.attn.lora_A": r"LitGPT.*merge_lora",
     "decoder.layers.0.adapter.linear_in.weight": r"NeMo.*merge_lora_weights",
     "bert.layer.0.adapters.task.adapter_down.0.weight": r"AdapterHub.*merge_adapter",
-    "m.wte.lora_embedding_A": r"factor of an embedding.*untie",
-    "m.wte.lora_embedding_B.default": r"factor of an embedding.*untie",
-    "m.q.lora_magnitude_vector": r"DoRA.*merge_and_unload",
+    "m.q.dora_scale": r"LyCORIS.*DoRA.*merge_and_unload",
     "m.q.vera_lambda_b": r"VeRA.*merge_and_unload",
     "m.q.ia3_l": r"IA3.*merge_and_unload",
     "m.q.hada_w1_a": r"LoHa.*merge_and_unload",
@@ -33,8 +31,6 @@ REFUSED = {
     "m.q.oft_R": r"OFT.*merge_and_unload",
     "m.q.boft_R": r"OFT.*merge_and_unload",
     "m.q.lora_E": r"AdaLoRA.*merge_and_unload",
-    "m.q.lora_B.bias": r"lora_bias.*merge_and_unload",
-    "m.wte.token_adapter.trainable_tokens_delta": r"trained tokens.*merge_and_unload",
     "m.q.fourierft_spectrum": r"other than LoRA.*merge_and_unload",
     "prompt_embeddings": r"virtual tokens.*nothing to merge",
     "m.q.base_layer.weight": r"whole PeftModel.*save_pretrained",
@@ -67,6 +63,16 @@ def test_a_file_of_another_writer_is_no_model_and_no_adapter(tmp_path, name):
         open_adapted(f"{folder}+{path}")
     with pytest.raises(MismatchError, match=f"holds the factors of an adapter.*{REFUSED[name]}"):
         run_merge(MergeConfig(models=(str(path), str(path)), out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_embedding_A", "lora_magnitude_vector", "lora_B.bias", "trainable_tokens_delta"]
+)
+def test_a_part_of_peft_without_its_config_is_told_to_be_named_with_it(tmp_path, name):
+    stored = {f"{PREFIX}m.q.{name}": np.ones((2, 2), np.float32)}
+    path = tiny.write(tmp_path / "x.safetensors", stored)
+    with pytest.raises(CheckpointError, match=r"written by PEFT.*adapter_config\.json, after"):
+        open_adapter(str(path))
 
 
 def test_factors_of_peft_given_as_a_file_are_no_model(tmp_path):

@@ -1,6 +1,7 @@
 """Adapters that are no plain product, or do not fit their base, are refused by name."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -9,35 +10,27 @@ from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.lora import open_adapted, open_adapter
+from mergekit_bayes.lora import open_adapted, open_adapter, refuse_other_base
 from mergekit_bayes.posterior import identify
-from tests.adapters import adapter, base, factors, peft_adapter, precise
-from tests.tiny_models import tiny_gpt2
+from tests.adapters import adapter, base, factors, precise
 
 
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"bias": "all"}, "bias=all"),
+        ({"use_qalora": True}, "use_qalora=True"),
+        ({"bias": "some"}, "bias='some'"),
         ({"peft_type": "IA3"}, "peft_type=IA3"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ],
 )
-def test_adapters_that_are_more_than_a_product_are_refused(tmp_path, config, match):
+def test_adapters_of_variants_that_are_not_read_are_refused(tmp_path, config, match):
     adapter(tmp_path / "a", factors(0), **config)
     with pytest.raises(ConfigError, match=match):
         open_adapter(str(tmp_path / "a"))
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=match):
-        open_adapter(str(tmp_path / "a"))
-
-
-def test_adapters_of_embeddings_are_refused(tmp_path):
-    folder = tiny_gpt2(tmp_path / "base")
-    peft_adapter(tmp_path / "a", folder, r=2, target_modules=["wte"])
-    with pytest.raises(ConfigError, match=r"Adapters of\s+embeddings"):
         open_adapter(str(tmp_path / "a"))
 
 
@@ -148,7 +141,15 @@ def test_another_base_than_the_recorded_one_is_told(tmp_path):
     folder = base(tmp_path / "base")
     with SafetensorsSource(checkpoint_files(folder)) as source:
         adapter(tmp_path / "a", made, precision=precise(made, 0), info={"base": identify(source)})
-    with open_adapted(f"{folder}+{tmp_path / 'a'}") as opened:
-        assert opened.mean.notes == ()
-    with open_adapted(f"{base(tmp_path / 'half', 'BF16')}+{tmp_path / 'a'}") as other:
-        assert "trained on other weights" in other.mean.notes[0]
+    half = base(tmp_path / "half", "BF16")
+    for with_precision in (True, False):  # a merge by equal weights opens none
+        for path, is_other in ((folder, False), (half, True)):
+            with open_adapted(f"{path}+{tmp_path / 'a'}", with_precision=with_precision) as opened:
+                notes = [n for n in opened.mean.notes if "trained on other weights" in n]
+                assert len(notes) == is_other
+                with (
+                    pytest.raises(MismatchError, match=r"Name the base .* --on-base apply")
+                    if is_other
+                    else nullcontext()
+                ):
+                    refuse_other_base(opened)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.errors import CheckpointError, PrecisionError
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.posterior import PosteriorInfo, identify, open_posterior, save_posterior
 from tests import model_forms
@@ -96,6 +97,46 @@ def test_adapters_on_their_base_merge_like_the_folded_models(adapters):
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+def test_an_adapter_on_its_base_alone_is_folded_in_without_naming_the_base_again(adapters):
+    base, tasks = adapters
+    for scale in ((1.0,), (-0.5,)):
+        alone = merge("base+b", base=None, weights="uniform", out="x", scale=scale)
+        merge("base+b", base="base", weights="uniform", out="y", scale=scale)
+        assert Path("x/model.safetensors").read_bytes() == Path("y/model.safetensors").read_bytes()
+        assert [m.role for m in alone.models] == ["base", "task"]
+        exact = {n: m0 + scale[0] * (tasks[1][0][n] - m0) for n, m0 in base[0].items()}
+        close(load("x"), exact, rtol=1e-5, atol=1e-6)
+    recipe = yaml.safe_load(Path("x/merge_recipe.yaml").read_text())
+    assert (recipe["models"], recipe["base"]) == (["base+b"], "base")
+    assert merge("base+b", base=None, out="z").method == "gradient_matching"
+    for method in ("average", "precision_average"):
+        with pytest.raises(ConfigError, match="BASE\\+ADAPTER and a method that takes a base"):
+            merge("base+b", base=None, weights="uniform", method=method, out="w")
+
+
+def test_an_adapter_is_not_merged_on_another_base_than_it_records(adapters):
+    base, _ = adapters
+    with (
+        SafetensorsSource(checkpoint_files(Path("a"))) as a,
+        SafetensorsSource(checkpoint_files(Path("base"))) as b,
+    ):
+        info = PosteriorInfo(
+            estimator="ggn", unit="token", observations=50.0, mean=identify(a), base=identify(b)
+        )
+        kept = {name: np.ones(spec.shape, np.float32) for name, spec in a.specs.items()}
+    save_posterior(Path("a"), kept, info, force=True)
+    save("other/model.safetensors", {n: np.float32(x + 1) for n, x in base[0].items()})
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        if Path("base", name).exists():
+            Path("other", name).write_bytes(Path("base", name).read_bytes())
+    merge("base+a", base=None, weights="uniform", out="x")
+    for weights in ("uniform", "precision"):
+        with pytest.raises(MismatchError, match=r"trained on other weights.*--on-base apply"):
+            merge("other+a", base=None, weights=weights, out="y")
+    report = merge("other+a", base=None, weights="uniform", out="y", on_base="apply")
+    assert any("trained on other weights" in note for note in report.notes)
 
 
 def test_adapters_weigh_by_the_precision_of_their_products_counted_like_the_base(adapters):

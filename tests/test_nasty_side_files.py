@@ -32,6 +32,9 @@ from mergekit_bayes.merge.partial import Partial
 from mergekit_bayes.merge.report import MergedModel
 from mergekit_bayes.merge.side_files import SideFiles
 from mergekit_bayes.merge.tally import UnitTally
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.merged import refuse_fixed
+from mergekit_bayes.models.skeleton import load_skeleton
 from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior.info import PosteriorInfo, parse_info
 from mergekit_bayes.recipes import read_recipe
@@ -405,6 +408,16 @@ def test_an_adapter_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
     adapter(other, factors(1), base_model_name_or_path=str(one))
     with pytest.raises(CheckpointError, match="leads back to this adapter"):
         model_identity(str(one))
+
+
+@pytest.mark.parametrize("named", [None, ""])
+@pytest.mark.parametrize("reads", [model_identity, load_model, refuse_fixed, load_skeleton])
+def test_an_adapter_that_names_no_base_is_told_where_one_is_needed(
+    tmp_path: Path, reads: Callable[[str], object], named: str | None
+) -> None:
+    adapter(tmp_path / "a", factors(0), base_model_name_or_path=named, task_type="CAUSAL_LM")
+    with pytest.raises(BmergeError, match=r"a/adapter_config\.json: base_model_name_or_path is"):
+        reads(str(tmp_path / "a"))
 
 
 def test_infinite_numbers_of_a_merge_are_read_back() -> None:

@@ -160,7 +160,7 @@ def test_a_head_that_the_file_does_not_hold_has_no_precision(tmp_path, data):
 
 def run(module, *arguments):
     app = typer.Typer()
-    app.command(module.NAME)(module.command)
+    app.command()(module.command)
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 

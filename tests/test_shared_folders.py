@@ -349,6 +349,7 @@ WRITERS = {
     "finetune/store": "into the folder of `replacing`",
     "render": "to the device that holds nothing",
     "libraries": "into a file in memory",
+    "kernels/machine_code": "a new file of mkstemp, in a folder that only this account writes to",
     "lora/merging": "into the folder of `replacing`",
     "lora/output": "into the folder of `replacing`",
     "merge/journal": "own_files opens it",

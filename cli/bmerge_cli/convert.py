@@ -6,8 +6,6 @@ import typer
 
 from bmerge_cli.render import Force, Json, Quiet, console, failures, print_result, progress_bar
 
-NAME = "convert"
-
 
 @failures()
 def command(

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from mergekit_bayes.detox.report import DetoxReport
     from mergekit_bayes.metrics.base import Interval
 
-NAME = "detox"
-
 
 @failures("the same line goes on, and repeats no step that was finished")
 @one_voice

@@ -13,8 +13,6 @@ from bmerge_cli.render import Json, Quiet, console, failures, print_json, steps_
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.documents import parse_json
 
-NAME = "evaluate"
-
 
 @failures()
 @one_voice

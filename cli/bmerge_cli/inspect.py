@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     )
     from mergekit_bayes.posterior import PosteriorInfo
 
-NAME = "inspect"
-
 
 @failures()
 def command(

@@ -1,4 +1,4 @@
-"""The `bmerge` command: one module per subcommand, which imports torch only when it runs."""
+"""The `bmerge` command: one module per subcommand, which is loaded when it is called."""
 
 import logging
 import os
@@ -10,21 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bmerge_cli import (
-    adapt,
-    convert,
-    detox,
-    evaluate,
-    extract,
-    finetune,
-    inspect,
-    merge,
-    methods,
-    mix,
-    precision,
-    preview,
-    push,
-)
+from bmerge_cli.lazy import LazyCommand
 from bmerge_cli.render import failures
 from bmerge_cli.terminal import guarded_streams
 from mergekit_bayes import __version__
@@ -39,23 +25,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order of a user's work. Each line fits a terminal of 80 columns uncut.
-_COMMANDS = (
-    (merge, "Add, average or subtract models, by precision or not."),
-    (mix, "Join several runs of one task into one posterior."),
-    (preview, "Measure many scales of a merge without writing it."),
-    (methods, "List the merging rules and their settings."),
-    (finetune, "Fine-tune by IVON; its precision comes with it."),
-    (adapt, "Remove and add in a few steps; keep the rest."),
-    (extract, "Turn a tuned or edited model into a LoRA adapter."),
-    (precision, "Give an existing checkpoint a precision."),
-    (evaluate, "Measure perplexity, toxicity and calibration."),
-    (inspect, "Show a model, its precision, and what changed."),
-    (convert, "Turn PyTorch's pickles into safetensors."),
-    (detox, "Remove toxicity by script, and report the cost."),
-    (push, "Push a model, its posterior and a card to the Hub."),
-)
-for module, summary in _COMMANDS:
-    app.command(module.NAME, short_help=summary)(module.command)
+COMMANDS = {
+    "merge": "Add, average or subtract models, by precision or not.",
+    "mix": "Join several runs of one task into one posterior.",
+    "preview": "Measure many scales of a merge without writing it.",
+    "methods": "List the merging rules and their settings.",
+    "finetune": "Fine-tune by IVON; its precision comes with it.",
+    "adapt": "Remove and add in a few steps; keep the rest.",
+    "extract": "Turn a tuned or edited model into a LoRA adapter.",
+    "precision": "Give an existing checkpoint a precision.",
+    "evaluate": "Measure perplexity, toxicity and calibration.",
+    "inspect": "Show a model, its precision, and what changed.",
+    "convert": "Turn PyTorch's pickles into safetensors.",
+    "detox": "Remove toxicity by script, and report the cost.",
+    "push": "Push a model, its posterior and a card to the Hub.",
+}
+for name, summary in COMMANDS.items():
+    app.command(name, short_help=summary, cls=LazyCommand)(lambda: None)
 
 
 def _version(given: bool) -> None:

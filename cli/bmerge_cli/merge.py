@@ -46,8 +46,6 @@ from mergekit_bayes.plan import MergePlan, partial_path, plan_merge
 from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.recipes import read_recipe
 
-NAME = "merge"
-
 
 @failures()
 @flags_of(
@@ -74,6 +72,7 @@ NAME = "merge"
     option("vocab"),
     option("on_bad"),
     option("on_config"),
+    option("on_base"),
     option("side_files"),
     option("dtype", read=values.dtype),
     option("max_shard_size"),
@@ -269,15 +268,18 @@ def _adapters_alone(config: MergeConfig) -> bool:
 
 def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) -> AdapterReport:
     taken = {"models", "weights", "scale", "out", "precision", "counts", "space", "rank", "force"}
-    taken |= {"trajectory", "decay"}
+    taken |= {"trajectory", "decay", "method", "param"}
     if foreign := sorted(set(settings) - taken):
         raise ConfigError(
             f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, "
-            "--scale, --counts, --precision, --space, --rank and --trajectory. Put the base before "
-            "each to merge whole models: BASE+ADAPTER."
+            "--scale, --counts, --precision, --space, --rank, --method, --param and --trajectory. "
+            "Put the base before each to merge whole models: BASE+ADAPTER."
         )
     notes: list[str] = []
     config = along_trajectory(config, notes)
+    if config.method is not None and "space" not in config.model_fields_set:
+        config = config.model_copy(update={"space": "core"})
+        notes.append(f"merging by {config.method} in the adapters' core space (--space core)")
     for note in notes:
         screen.print(note, markup=False)
     if any(isinstance(s, str) for s in config.scale):
@@ -290,6 +292,8 @@ def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) ->
             weights=config.weights,
             space=config.space,
             rank=config.rank,
+            method=config.method,
+            param=config.param,
             counts=config.counts,
             precision=config.precision,
             identities=config.identities,

@@ -167,7 +167,7 @@ def show_adapters(screen: Console, report: AdapterReport) -> None:
     exact = report.exact_rank
     lost = f"the largest relative error of a layer is {report.largest_error:.3g}"
     if exact is not None and report.rank < exact and report.largest_error > _ROUNDING:
-        concat = " (so is --space concat)" if report.weights == "uniform" else ""
+        concat = " (so is --space concat)" if report.is_a_sum else ""
         lost += f", which rank {report.rank} cuts off; --rank {exact} is exact{concat}"
     screen.print(
         f"{report.summary}\n  {report.formula}\n  {report.symbols}\n"

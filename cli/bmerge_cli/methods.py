@@ -10,8 +10,6 @@ from bmerge_cli.render import Json, failures, print_json
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.methods.base import Method, Parameter
 
-NAME = "methods"
-
 
 @failures()
 def command(as_json: Json = False) -> None:
@@ -47,6 +45,7 @@ def _document(method: Method) -> dict[str, object]:
         "takes_base": method.needs_base or method.takes_base,
         "needs_precision": method.needs_precision,
         "needs_matrices": method.needs_matrices,
+        "adapters_alone": method.merges_changes,
         "models": method.tasks,
         "writes_posterior": method.writes_posterior,
         "parameters": [
@@ -73,7 +72,8 @@ def _needs(method: Method) -> str:
     if method.needs_precision and method.needs_matrices:
         precision += " by `bmerge precision --estimator inputs`"
     posterior = "; writes a posterior" if method.writes_posterior else ""
-    return base + models + precision + posterior
+    alone = "; adapters alone, too" if method.merges_changes else ""
+    return base + models + precision + posterior + alone
 
 
 def _bounds(parameter: Parameter) -> str:

@@ -5,8 +5,6 @@ from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
 from bmerge_cli.render import Json, Quiet, console, failures, print_result, progress_bar, table
 from mergekit_bayes.mix import MixConfig, run_mix
 
-NAME = "mix"
-
 
 @failures()
 @flags_of(

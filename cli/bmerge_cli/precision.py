@@ -16,7 +16,6 @@ from bmerge_cli.render import (
 )
 from mergekit_bayes.precision.settings import PrecisionConfig
 
-NAME = "precision"
 _ROWS = {
     "data": "rows",
     "self-generated": "texts that the model wrote",

@@ -6,8 +6,6 @@ from bmerge_cli.preview_tables import show_preview
 from bmerge_cli.render import Json, Quiet, console, failures, print_result, steps_bar
 from mergekit_bayes.preview.settings import PreviewConfig
 
-NAME = "preview"
-
 
 @failures()
 @flags_of(

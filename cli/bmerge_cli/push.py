@@ -22,7 +22,6 @@ from bmerge_cli.render import (
 if TYPE_CHECKING:
     from mergekit_bayes.hub import PushPlan, PushReport
 
-NAME = "push"
 PosteriorForm = Literal["row", "row-column", "entries"]  # of mergekit_bayes.hub, loaded when used
 
 

@@ -22,7 +22,7 @@ from mergekit_bayes.plan import MergePlan, plan_merge
 
 # What a recipe does not say itself, and flags do.
 _TAKEN = ("out", "force", "verify", "max_shard_size", "side_files", "dtype", "vocab")
-_RULES = ("on_missing", "on_bad", "on_config")
+_RULES = ("on_missing", "on_bad", "on_config", "on_base")
 
 
 def mergekit_recipe(settings: Settings) -> Path | None:

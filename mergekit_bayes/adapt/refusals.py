@@ -7,7 +7,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.lora import split_ref
 from mergekit_bayes.models.limits import ADAPTER_CONFIG
 from mergekit_bayes.models.load import Loaded, is_classifier
-from mergekit_bayes.models.pretrained import load_adapter_config
+from mergekit_bayes.models.pretrained import base_of, load_adapter_config
 
 # Settings of the memory, without effect where there is none.
 OF_MEMORY = (
@@ -52,13 +52,12 @@ def refuse_start(config: AdaptConfig) -> None:
     """
     refs = split_ref(config.model)
     if refs is None and ((path := resolve(config.model, CHECKPOINT)) / ADAPTER_CONFIG).exists():
-        refs = str(load_adapter_config(path).base_model_name_or_path), config.model
+        refs = base_of(path, load_adapter_config(path)), config.model
     if refs is not None:
         base, adapter = refs
         raise ConfigError(
             f"'{adapter}' is an adapter, and an adaptation starts from a whole model. Fold it into "
-            f"its base first: `bmerge merge {base}+{adapter} --base {base} --weights uniform -o "
-            "WHOLE`."
+            f"its base first: `bmerge merge {base}+{adapter} -o WHOLE`."
         )
     remote = config.trust_remote_code
     if config.task == "classification" and not is_classifier(

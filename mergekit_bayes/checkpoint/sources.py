@@ -140,7 +140,7 @@ def _refuse_pair(ref: str) -> None:
             raise CheckpointError(
                 f"{shown(ref)}: one folder is expected here, and not BASE+ADAPTER. Name the "
                 f"adapter's, {shown(adapter)}, whose config knows its base; or fold it first: "
-                f"`bmerge merge {ref} --base {base} --weights uniform -o WHOLE`."
+                f"`bmerge merge {ref} -o WHOLE`."
             )
 
 

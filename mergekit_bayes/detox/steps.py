@@ -17,7 +17,7 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files, 
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, is_hub_id, resolve
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.documents import read_mapping
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.evaluate.scorers import Scorer
 from mergekit_bayes.posterior import open_posterior
 
@@ -69,7 +69,12 @@ def model_identity(ref: str, adapters: tuple[Path, ...] = ()) -> dict[str, objec
     }
     if adapter.exists():
         settings = read_mapping(adapter, "Save the adapter again.")
-        base, revision = str(settings.get("base_model_name_or_path")), settings.get("revision")
+        base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+        if not isinstance(base, str) or not base:
+            raise CheckpointError(
+                f"{adapter}: base_model_name_or_path is {shown(base)}, and what the adapter is to "
+                "be put on must be known. Write the path or Hub id of its base there."
+            )
         pinned = f"{base}@{revision}" if revision and is_hub_id(base) else base
         found |= {
             "adapter": content_hash(adapter),

@@ -8,7 +8,6 @@ so that the results have the bits of `plain_pass`.
 """
 
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import llvmlite.binding
@@ -19,13 +18,8 @@ from mergekit_bayes.compiled import compiled, inlined
 from mergekit_bayes.gaussian import Gaussian, select
 from mergekit_bayes.kernels.base import (
     LANES,
-    Array,
-    Chunk,
     Kind,
     Numbers,
-    Pass,
-    Reduce,
-    Tally,
     anchored_task_posterior,
     likelihood_precision,
     own_posterior,
@@ -44,70 +38,15 @@ from mergekit_bayes.kernels.bits import (
     widen,
 )
 from mergekit_bayes.kernels.increase import add_moves
-from mergekit_bayes.kernels.inlining import facts_maker, inline, stamp
+from mergekit_bayes.kernels.inlining import facts_maker, inline
+from mergekit_bayes.kernels.sources import stamp
 from mergekit_bayes.methods.histogram import SHIFT
 
 # Loops over models must vanish: an index into a tuple that is known at run time only is a switch,
 # and nothing is vectorised around it. LLVM's own threshold gives up at seven models.
 llvmlite.binding.set_option("bmerge", "-unroll-threshold=100000")
 
-_making = Lock()  # `cache` alone would let two threads make, and compile, a kernel each
 _BLOCK = 2048  # entries; eight arrays of it fit the first two caches
-
-
-def fused_pass(kind: Kind) -> Pass:
-    """The pass of `kind`, compiled (or loaded from the cache) when it first runs.
-
-    For a method that cannot be compiled it then raises numba's error, before it writes anything.
-    """
-
-    def run(chunk: Chunk, numbers: Numbers, tally: Tally) -> None:
-        with _making:
-            kernel = _make(kind, type(numbers.facts))
-        counts, largest = np.zeros(4, np.int64), np.zeros(1)
-        kernel(
-            *_bare(chunk, numbers),
-            tally.bad_means,
-            tally.bad_precisions,
-            tally.stored,
-            tally.distances,
-            tally.products,
-            counts,
-            largest,
-        )
-        tally.entries += chunk.mean.size
-        tally.bad += int(counts[0])
-        tally.changed += int(counts[1])
-        tally.lost += int(counts[2])
-        tally.guarded += int(counts[3])
-        tally.multiplier = max(tally.multiplier, float(largest[0]))
-
-    return run
-
-
-def fused_reduction(kind: Kind) -> Reduce:
-    """The method's first pass, compiled (or loaded from the cache) when it first runs.
-
-    It raises as `fused_pass` does.
-    """
-
-    def run(chunk: Chunk, numbers: Numbers, totals: Array) -> None:
-        with _making:
-            kernel = _make_reduction(kind)
-        kernel(*_bare(chunk, numbers._replace(facts=())), len(totals), totals)
-
-    return run
-
-
-def _bare(chunk: Chunk, numbers: Numbers) -> tuple[Any, ...]:
-    """Chunk and numbers as plain tuples, a zero of the arithmetic, and a Gaussian of it per task.
-
-    numba's cache on disk names the classes of arguments, and could not be read any more after one
-    was renamed.
-    """
-    zero = chunk.extras.dtype.type(0)
-    constants = numbers._replace(facts=tuple(numbers.facts or ()))
-    return tuple(chunk), tuple(constants), zero, tuple(Gaussian(zero, zero) for _ in numbers.scales)
 
 
 @compiled(fastmath={"reassoc"})
@@ -194,7 +133,8 @@ def _never_guarded(base, tasks, scales):
 
 
 @cache
-def _make(kind: Kind, facts_type: type) -> Any:
+def make_pass(kind: Kind, facts_type: type) -> Any:
+    """numba's dispatcher of the pass of `kind`, for a method whose facts have that type."""
     # All of this is in the kernel's closure, and so in the key of numba's cache: nothing may be a
     # function or class that was made here, since no two processes pickle such a thing alike.
     method, weighs, has_base, anchored, removes, pulled = kind
@@ -297,19 +237,20 @@ def _make(kind: Kind, facts_type: type) -> Any:
 
 
 @cache
-def _make_reduction(kind: Kind) -> Any:
+def make_reduction(kind: Kind) -> Any:
+    """numba's dispatcher of a method's first pass."""
     reduction = kind.method.reduction
     assert reduction is not None
     sources, adds = stamp(kind.method), reduction.kind == "sum"
     flags, statistic = (kind.weighs, kind.has_base, kind.anchored), inline(reduction.statistic)
 
     @compiled(error_model="numpy")
-    def kernel(chunk, constants, zero, template, count, totals):
+    def kernel(chunk, constants, zero, template, lanes, totals):
         _ = sources
         means, precisions, extras, first, row = chunk[:5]
         numbers = Numbers(*constants)
         entries = means.shape[1]
-        lanes = np.zeros((count, LANES))
+        count = len(lanes)
         start, stop, r = np.uint64(0), np.uint64(min(first, entries)), 0
         while start < entries:
             extra = numbers.gains

@@ -14,6 +14,7 @@ from mergekit_bayes.kernels.base import (
     Pass,
     Reduce,
 )
+from mergekit_bayes.kernels.launch import fused_pass, fused_reduction, fused_sums
 from mergekit_bayes.kernels.plain import plain_pass, plain_reduction, plain_sums
 from mergekit_bayes.methods.base import RULE, Method
 
@@ -39,8 +40,6 @@ def elementwise(kind: Kind, *, fused: bool) -> Pass:
     """
     if not fused:
         return plain_pass(kind)
-    from mergekit_bayes.kernels.fused import fused_pass
-
     return _or_plain(kind, fused_pass, plain_pass)
 
 
@@ -48,8 +47,6 @@ def first_pass(kind: Kind, *, fused: bool) -> Reduce:
     """The pass that adds up what the method must know beforehand; arguments as `elementwise`."""
     if not fused:
         return plain_reduction(kind)
-    from mergekit_bayes.kernels.fused import fused_reduction
-
     return _or_plain(kind, fused_reduction, plain_reduction)
 
 
@@ -65,8 +62,6 @@ def row_sums(stored: Array, row: int, sums: Array, *, fused: bool) -> None:
     if not fused:
         plain_sums(stored, row, sums)
         return
-    from mergekit_bayes.kernels.fused import fused_sums
-
     fused_sums(stored, row, sums)
 
 

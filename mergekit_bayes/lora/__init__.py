@@ -15,7 +15,12 @@ from mergekit_bayes.lora.adapter import (
 )
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR
 from mergekit_bayes.lora.merging import merge_adapters
-from mergekit_bayes.lora.opening import open_adapted, open_model, split_ref
+from mergekit_bayes.lora.opening import (
+    open_adapted,
+    open_model,
+    refuse_other_base,
+    split_ref,
+)
 from mergekit_bayes.lora.report import AdapterReport, MergedLayer
 
 __all__ = [
@@ -32,5 +37,6 @@ __all__ = [
     "open_adapted",
     "open_adapter",
     "open_model",
+    "refuse_other_base",
     "split_ref",
 ]

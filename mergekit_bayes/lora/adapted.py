@@ -1,19 +1,26 @@
 """A base with an adapter as one dense model, whose entries are computed as they are read."""
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import read_chunk
+from mergekit_bayes.checkpoint.codec import read_chunk, read_tensor
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, CheckpointSource, Closing, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.adapter import Adapter
+from mergekit_bayes.lora.changes import Added, Change, Once, Rescaled, Rows, Shifted
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
-from mergekit_bayes.lora.layers import Factors
+from mergekit_bayes.lora.layers import Factors, Layer
+from mergekit_bayes.lora.magnitudes import output_norms
+from mergekit_bayes.lora.moved import move_of
+from mergekit_bayes.lora.pieces import Stack, stack_pieces
 from mergekit_bayes.lora.placing import place_adapter
+from mergekit_bayes.lora.variants import initial_move
 
 _KEPT = 8  # layers whose factors stay in memory; a merge reads one layer after another
 
@@ -21,7 +28,7 @@ _KEPT = 8  # layers whose factors stay in memory; a merge reads one layer after 
 class AdaptedSource(Closing):
     """A base with an adapter folded in: names, shapes and shards of the base.
 
-    An adapted tensor is F32 (F64 on an F64 base), because `W + s B A` is computed in that format.
+    A changed tensor is F32 (F64 on an F64 base), because `W + s B A` is computed in that format.
     Tensors that the adapter holds whole are its bytes, all others the base's; where it holds a
     weight whole and factors of it, W is the adapter's. Reading is safe in several
     threads at once.
@@ -29,44 +36,121 @@ class AdaptedSource(Closing):
     Attributes:
         base: The base's tensors.
         adapter: The adapter.
+        heads: Heads that the base does not store, with the embedding of the base that each one is
+            without the adapter.
         adapted: The layers by the tensor that they change.
+        biases: The layers by the bias that theirs is added to (`lora_bias`).
+        rows: The trained rows by the table whose rows they replace.
+        changed: The tensors whose entries are computed: those of the three above.
         replaced: The tensors that the adapter replaces, from the base's name to its name on disk.
     """
 
     is_computed = True
 
-    def __init__(self, base: CheckpointSource, adapter: Adapter) -> None:
+    def __init__(
+        self, base: CheckpointSource, adapter: Adapter, heads: Mapping[str, str] | None = None
+    ) -> None:
         """Match the adapter with the base; the source then owns both.
+
+        Args:
+            base: The base's tensors.
+            adapter: The adapter.
+            heads: Heads that the base does not store and that become tensors of their own, each
+                with the embedding of the base that it is without the adapter.
 
         Raises:
             ConfigError: The layout of a square weight is ambiguous.
             MismatchError: A layer or tensor of the adapter does not fit the base.
         """
-        self.base, self.adapter = base, adapter
-        self.adapted, self.replaced, self._notes = place_adapter(base, adapter)
-        self._specs: dict[str, TensorSpec] = {
-            name: self._spec(name) for name in dict.fromkeys([*base.specs, *self.replaced])
-        }
-        self._product = lru_cache(_KEPT)(self._make)
+        self.base, self.adapter, self.heads = base, adapter, dict(heads or {})
+        placed = place_adapter(base, adapter, self.heads)
+        self.adapted, self.replaced, self._notes = placed.layers, placed.replaced, placed.notes
+        self.biases, self.rows = placed.biases, placed.rows
+        self.changed = {*self.adapted, *self.biases, *self.rows}
+        names = [*base.specs, *self.heads, *self.replaced]
+        self._specs = {name: self._spec(name) for name in dict.fromkeys(names)}
+        self._change = lru_cache(_KEPT)(self._make)
+        self._moves, self._ratios = Once(self._move), Once(self._ratio)
 
     def _origin(self, name: str) -> tuple[CheckpointSource, str]:
         """Where W is stored, and its name there."""
         if name in self.replaced:
             return self.adapter.posterior.mean, self.replaced[name]
-        return self.base, name
+        return self.base, self.heads.get(name, name)
 
     def _spec(self, name: str) -> TensorSpec:
         source, stored = self._origin(name)
         spec = source.specs[stored]
-        if name not in self.adapted:
+        if name not in self.changed:
             return spec
-        return TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
+        stored_dtypes = (spec.dtype, self.base.specs[name].dtype if name in self.base.specs else "")
+        return TensorSpec("F64" if "F64" in stored_dtypes else "F32", spec.shape)
 
-    def _make(self, name: str) -> Product:
-        layer, transposed = self.adapted[name]
-        dtype = np.float64 if self._specs[name].dtype == "F64" else np.float32
+    def _dtype(self, name: str) -> type[np.float32] | type[np.float64]:
+        return np.float64 if self._specs[name].dtype == "F64" else np.float32
+
+    def _make(self, name: str) -> Change:
+        dtype = self._dtype(name)
+        if name in self.rows:
+            trained = self.rows[name]
+            indices = np.asarray(trained.indices, np.int64)
+            order = np.argsort(indices)
+            return Rows(indices[order], self.adapter.values(trained.disk).astype(dtype)[order])
+        if name in self.biases:
+            layer = self.biases[name]
+            assert layer.bias is not None
+            addend: Array = self.adapter.values(layer.bias).astype(dtype)
+            return Shifted(addend * layer.scaling)
+        placed = self.adapted[name]
+        if placed.pieces:
+            stack = stack_pieces(
+                placed.pieces,
+                lambda piece: self._change_of(piece.layer, dtype, transposed=piece.transposed),
+            )
+            return Added(stack)
+        product, layer = self._product(name), placed.layer
+        if layer.magnitude is None:
+            return Added(product)
+        return Rescaled(product, self._ratios(name), placed.transposed)
+
+    def _product(self, name: str) -> Product:
+        placed, dtype = self.adapted[name], self._dtype(name)
+        product = self._change_of(placed.layer, dtype, transposed=placed.transposed)
+        # What the adapter stores of the base was stored after it had moved.
+        is_to_move = initial_move(self.adapter.config) is not None and name not in self.replaced
+        return product.with_more(self._moves(name)) if is_to_move else product
+
+    def _change_of(
+        self, layer: Layer, dtype: type[np.float32] | type[np.float64], *, transposed: bool
+    ) -> Product:
         factors = Factors(*(f.astype(dtype, copy=False) for f in self.adapter.factors(layer)))
         return change(factors, layer.scaling, transposed=transposed)
+
+    def _move(self, name: str) -> Product:
+        method, layer = initial_move(self.adapter.config), self.adapted[name].layer
+        assert method is not None
+        move = move_of(method, read_tensor(*self._origin(name)), layer.rank, layer.scaling)
+        return Product(*(side.astype(self._dtype(name)) for side in move))
+
+    def _ratio(self, name: str) -> Array:
+        """`m / ||W + s B A||` of each output, for DoRA."""
+        placed, origin = self.adapted[name], self._origin(name)
+        assert placed.layer.magnitude is not None
+        product = self._product(name)
+        shape = (self._specs[name].size // product.width, product.width)
+        norms = output_norms(
+            lambda start, stop: read_chunk(*origin, start, stop),
+            shape,
+            product,
+            by_column=placed.transposed,
+        )
+        if not (np.isfinite(norms).all() and norms.all()):
+            raise CheckpointError(
+                f"{self.where(name)}: an output of '{name}' has no finite norm above zero, "
+                "by which DoRA divides. Did training diverge?"
+            )
+        magnitudes = self.adapter.values(placed.layer.magnitude).reshape(-1)
+        return (magnitudes / norms).astype(self._dtype(name))
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -91,38 +175,53 @@ class AdaptedSource(Closing):
     @property
     def notes(self) -> tuple[str, ...]:
         """What a plan reports of it: what of the adapter is left out, and another base."""
-        info = self.adapter.posterior.info
+        return self._notes if self.other_base is None else (*self._notes, self.other_base)
+
+    @cached_property
+    def other_base(self) -> str | None:
+        """That the adapter records a base of other weights than this one; None if it does not."""
+        if self.adapter.base is None or identity(self.base) == self.adapter.base:
+            return None
         named = self.adapter.config.get("base_model_name_or_path")
-        if info is not None and info.base is not None and identity(self.base) != info.base.blocks:
-            return (
-                *self._notes,
-                f"'{self.adapter.ref}' was trained on other weights ('{named}') than those it is "
-                "applied to",
-            )
-        return self._notes
+        return (
+            f"'{self.adapter.ref}' was trained on other weights ('{named}') than those it is "
+            "applied to"
+        )
+
+    def explain_no_precision(self, name: str) -> str | None:
+        """Why an adapter with a precision gives none to a tensor; None if it might."""
+        if name in self.rows:
+            return "Its rows were trained one by one, and nothing is known of the others."
+        if name in self.adapted and self.adapted[name].layer.magnitude is not None:
+            return "It has magnitudes (DoRA), whose norm ties all entries of an output."
+        return None
 
     def where(self, name: str) -> str:
         """The file or files of which a tensor is made, for messages."""
         source, stored = self._origin(name)
         where = source.where(stored)
-        if name not in self.adapted:
+        if name not in self.changed:
             return where
-        factors = self.adapter.posterior.mean.where(self.adapted[name].layer.a)
-        return f"{where} + {factors}"
+        if name in self.rows:
+            part = self.rows[name].disk
+        else:
+            part = (self.adapted[name].layer if name in self.adapted else self.biases[name]).a
+        return f"{where} + {self.adapter.posterior.mean.where(part)}"
 
     def file_of(self, name: str) -> int:
         """Index of the base's shard to which a tensor belongs; 0 if only the adapter has it."""
-        return self.base.file_of(name) if name in self.base.specs else 0
+        stored = self.heads.get(name, name)
+        return self.base.file_of(stored) if stored in self.base.specs else 0
 
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         source, stored = self._origin(name)
-        if name not in self.adapted:
+        if name not in self.changed:
             source.read_bytes(stored, offset, out)
         else:
             start, stop, skipped = _entries_of(offset, len(out), ITEM_SIZE[self._specs[name].dtype])
-            values = self._product(name).entries(start, stop)
-            values += read_chunk(source, stored, start, stop)
+            values = read_chunk(source, stored, start, stop).astype(self._dtype(name), copy=False)
+            self._change(name).apply(values, start)
             out[:] = values.view(np.uint8).data[skipped : skipped + len(out)]
 
     def close(self) -> None:
@@ -135,8 +234,9 @@ class ProductPrecision(Closing):
     """The precision of an adapted base: `1 / (V_W + floor)` in F32, for the adapter's tensors.
 
     `dense.variance` computes V_W and says what this precision is not. A factor without a stored
-    precision was frozen and has variance 0. Tensors that the adapter replaces have their stored
-    precision.
+    precision was frozen and has variance 0. A bias that the adapter adds to has `1 / (s^2 V_b +
+    floor)`. Tensors that the adapter replaces have their stored precision. Weights with magnitudes
+    (DoRA), whose norm ties all entries of an output, and tables with trained rows have none.
     """
 
     notes: tuple[str, ...] = ()
@@ -154,32 +254,56 @@ class ProductPrecision(Closing):
         assert mean.adapter.posterior.precision is not None
         self._source = mean.adapter.posterior.precision
         stored = self._source.specs
-        self._replaced = {n: d for n, d in mean.replaced.items() if n not in mean.adapted}
+        self._replaced = {n: d for n, d in mean.replaced.items() if n not in mean.changed}
         self._specs = {
             name: TensorSpec("F32", mean.specs[name].shape)
-            for name, (layer, _) in mean.adapted.items()
-            if layer.a in stored or layer.b in stored
+            for name, placed in mean.adapted.items()
+            if placed.layer.magnitude is None
+            and any(layer.a in stored or layer.b in stored for layer in placed.layers)
         }
         self._specs |= {
             n: TensorSpec("F32", mean.specs[n].shape)
             for n, disk in self._replaced.items()
             if disk in stored
         }
+        self._specs |= {
+            name: TensorSpec("F32", mean.specs[name].shape)
+            for name, layer in mean.biases.items()
+            if layer.bias in stored
+        }
         self._variance = lru_cache(_KEPT)(self._make)
         self._stored = lru_cache(_KEPT)(self._read)
 
-    def _make(self, name: str) -> Product:
-        layer, transposed = self._mean.adapted[name]
-        variances = self._adapter.variances(layer, self._count)
-        assert variances is not None
-        return variance(
-            self._adapter.factors(layer), variances, layer.scaling, transposed=transposed
+    def _make(self, name: str) -> Product | Stack:
+        placed = self._mean.adapted[name]
+        if not placed.pieces:
+            return self._variance_of(placed.layer, transposed=placed.transposed)
+        return stack_pieces(
+            placed.pieces, lambda p: self._variance_of(p.layer, transposed=p.transposed)
         )
 
+    def _variance_of(self, layer: Layer, *, transposed: bool) -> Product:
+        factors = self._adapter.factors(layer)
+        frozen = Factors(*(np.zeros_like(factor) for factor in factors))
+        variances = self._adapter.variances(layer, self._count) or frozen
+        return variance(factors, variances, layer.scaling, transposed=transposed)
+
+    def _disk(self, name: str) -> str:
+        """The name on disk of a tensor that has a precision of its own."""
+        if name in self._replaced:
+            return self._replaced[name]
+        bias = self._mean.biases[name].bias
+        assert bias is not None
+        return bias
+
     def _read(self, name: str) -> Array:
-        values = self._adapter.counted(self._replaced[name], self._count)
+        values = self._adapter.counted(self._disk(name), self._count)
         assert values is not None
-        return values.reshape(-1)
+        if name in self._replaced:
+            return values.reshape(-1)
+        gain = np.float32(self._mean.biases[name].scaling ** 2)
+        variances: Array = gain / (values.reshape(-1) + np.float32(DELTA_0))
+        return np.float32(1) / (variances + np.float32(VARIANCE_FLOOR))
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -207,9 +331,10 @@ class ProductPrecision(Closing):
 
     def where(self, name: str) -> str:
         """The file that holds the precision of a factor of the tensor, for messages."""
-        adapted = self._mean.adapted
-        disk = self._replaced[name] if name in self._replaced else adapted[name].layer.a
-        return self._source.where(disk if disk in self._source.specs else adapted[name].layer.b)
+        if name not in self._mean.adapted:
+            return self._source.where(self._disk(name))
+        disks = [d for layer in self._mean.adapted[name].layers for d in (layer.a, layer.b)]
+        return self._source.where(next(disk for disk in disks if disk in self._source.specs))
 
     def file_of(self, name: str) -> int:
         """Always 0: the precision is not sharded."""
@@ -218,7 +343,7 @@ class ProductPrecision(Closing):
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         start, stop, skipped = _entries_of(offset, len(out), 4)
-        if name in self._replaced:
+        if name not in self._mean.adapted:
             values = self._stored(name)[start:stop]
         else:
             values = np.float32(1) / (

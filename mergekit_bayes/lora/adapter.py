@@ -11,8 +11,8 @@ A layer changes its weight by `s B A`, `s = alpha / r` or, rank-stabilised, `alp
 import hashlib
 import shlex
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +20,26 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import is_bad_precision, read_tensor
 from mergekit_bayes.checkpoint.foreign import explain_missing
 from mergekit_bayes.checkpoint.identity import identity
-from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.checkpoint.specs import Array, Closing
-from mergekit_bayes.errors import CheckpointError, PrecisionError
+from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.lora.config import CONFIG, WEIGHTS, LoraConfig, read_config
-from mergekit_bayes.lora.layers import Factors, Layer, is_original, read_layers
+from mergekit_bayes.lora.config import BASE, CONFIG, WEIGHTS, LoraConfig, read_config
+from mergekit_bayes.lora.experts import Pair, Recent, of_expert
+from mergekit_bayes.lora.layers import Factors, Layer, is_of_training, is_original, read_layers
+from mergekit_bayes.lora.tokens import TrainedRows
 from mergekit_bayes.lora.writers import explain_files
 from mergekit_bayes.posterior import Posterior, open_posterior
 from mergekit_bayes.posterior.directions import refuse_matrices
 from mergekit_bayes.posterior.forms import is_form_of
+from mergekit_bayes.posterior.info import read_info
 
 # Key of `PosteriorInfo.training`: `initial_identity` of the A's with which a run started.
 INITIAL_A = "initial_A"
+
+_KEPT = 4  # stacks of experts whose factors, or precisions, stay in memory
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,10 @@ class Adapter(Closing):
             that are stored whole), from the name in the model to the name on disk.
         unused: Names on disk of tensors that have no effect: the base's copies of modules that are
             replaced, and second copies of one tensor.
+        rows: Rows of tensors that replace the base's (`trainable_token_indices`), by the name in
+            the model.
+        base: The content hash (sampled blocks) of the base that it was made on; None if no file
+            records it.
     """
 
     posterior: Posterior
@@ -55,6 +65,9 @@ class Adapter(Closing):
     layers: Mapping[str, Layer]
     replacements: Mapping[str, str]
     unused: tuple[str, ...] = ()
+    rows: Mapping[str, TrainedRows] = field(default_factory=dict)
+    base: str | None = None
+    _recent: Recent[Pair] = field(default_factory=lambda: Recent(_KEPT), repr=False, compare=False)
 
     @property
     def ref(self) -> str:
@@ -72,10 +85,12 @@ class Adapter(Closing):
         if not self.unused:
             return None
         originals = [name for name in self.unused if is_original(name)]
-        second = [name for name in self.unused if name not in originals]
+        of_training = [name for name in self.unused if is_of_training(name)]
+        second = [name for name in self.unused if name not in {*originals, *of_training}]
         kinds = {
             "the base's own copies of modules that it replaces": originals,
             "second copies of tensors under other names": second,
+            "what only training uses": of_training,
         }
         texts = [f"{what} ('{n[0]}', {len(n)} such)" for what, n in kinds.items() if n]
         return f"'{self.ref}' has {' and '.join(texts)}: left out"
@@ -83,15 +98,28 @@ class Adapter(Closing):
     def factors(self, layer: Layer) -> Factors:
         """Read the factors of a layer, as float32 matrices.
 
+        Returns:
+            A of shape (rank, columns) and B of (rows, rank); of all experts where a layer has
+            several and means no single one.
+
         Raises:
             CheckpointError: An entry is not finite.
         """
+        if layer.expert is not None:
+            whole = layer._replace(expert=None)
+            pair = of_expert(layer, self._recent.get((whole, ""), lambda: self.factors(whole)))
+            return Factors(*(factor for factor in pair if factor is not None))
         return Factors(
-            self._finite(layer.a).reshape(layer.rank, layer.columns),
-            self._finite(layer.b).reshape(layer.rows, layer.rank),
+            self.values(layer.a).reshape(layer.total_rank, layer.columns),
+            self.values(layer.b).reshape(layer.rows, layer.total_rank),
         )
 
-    def _finite(self, name: str) -> Array:
+    def values(self, name: str) -> Array:
+        """Read a tensor under its name on disk, in float32.
+
+        Raises:
+            CheckpointError: An entry is not finite.
+        """
         values = read_tensor(self.posterior.mean, name).astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise CheckpointError(
@@ -107,10 +135,14 @@ class Adapter(Closing):
 
         See `counted`. Both have the shape of the factor that `factors` returns.
         """
+        if layer.expert is not None:
+            whole = layer._replace(expert=None)
+            key = (whole, f"precision of {count}")
+            return of_expert(layer, self._recent.get(key, lambda: self.precisions(whole, count)))
         a, b = self.counted(layer.a, count), self.counted(layer.b, count)
         return (
-            None if a is None else a.reshape(layer.rank, layer.columns),
-            None if b is None else b.reshape(layer.rows, layer.rank),
+            None if a is None else a.reshape(layer.total_rank, layer.columns),
+            None if b is None else b.reshape(layer.rows, layer.total_rank),
         )
 
     def counted(self, name: str, count: float | None = None) -> Array | None:
@@ -167,8 +199,12 @@ class Adapter(Closing):
             return None
         one, delta = np.float32(1), np.float32(DELTA_0)
         return Factors(
-            np.zeros((layer.rank, layer.columns), np.float32) if a is None else one / (a + delta),
-            np.zeros((layer.rows, layer.rank), np.float32) if b is None else one / (b + delta),
+            np.zeros((layer.total_rank, layer.columns), np.float32)
+            if a is None
+            else one / (a + delta),
+            np.zeros((layer.rows, layer.total_rank), np.float32)
+            if b is None
+            else one / (b + delta),
         )
 
     def close(self) -> None:
@@ -186,7 +222,7 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
 
     Raises:
         CheckpointError: There is no adapter, or its config and tensors disagree.
-        ConfigError: The adapter is more than `s B A` on its base's weights.
+        ConfigError: The adapter is of a variant that is not read.
         MismatchError: The factors have another rank than the config says.
         PrecisionError: The precision was taken at other weights than this adapter's.
     """
@@ -207,13 +243,32 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
                 f"the precision of '{ref}' was taken at other weights than these: its record of "
                 "them differs. Use the precision that belongs to them."
             )
+        base = _recorded_base(posterior)
         stack.pop_all()  # the adapter owns the files from here on
-    return Adapter(posterior, config, *tensors)
+    return Adapter(posterior, config, *tensors, base=base)
 
 
 def is_adapter(path: Path) -> bool:
     """Whether the tensors of a folder or file are an adapter's."""
     return checkpoint_files(path)[0].name == WEIGHTS
+
+
+def _recorded_base(posterior: Posterior) -> str | None:
+    """The hash of an adapter's base, which its file or its posterior records.
+
+    A merge by equal weights opens no posterior and reads its record alone.
+    """
+    if (base := posterior.mean.metadata.get(BASE)) is not None:
+        return base
+    info = posterior.info
+    if info is None:
+        # What is wrong with a precision that is not used is no matter of this merge.
+        with suppress(BmergeError), ExitStack() as stack:
+            if files := precision_files(posterior.path):
+                info = read_info(stack.enter_context(SafetensorsSource(files[:1])))
+            if info is not None and identity(posterior.mean) != info.mean.blocks:
+                info = None
+    return None if info is None or info.base is None else info.base.blocks
 
 
 def _explain_missing(folder: Path, ref: str) -> str:

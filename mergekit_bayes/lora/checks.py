@@ -1,6 +1,7 @@
 """What a merge of adapters refuses: options, outputs, bases and precisions that do not fit."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, P
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG
 from mergekit_bayes.lora.inputs import Space, Weights
+from mergekit_bayes.lora.variants import initial_move
 
 
 def check_options(
@@ -44,10 +46,14 @@ def check_options(
         raise ConfigError(
             "--space concat is exact task arithmetic and weighs no entries; use --space product."
         )
-    if rank is not None and space != "product":
+    if space == "core" and weights == "precision":
         raise ConfigError(
-            f"--rank is for --space product; --space {space} keeps the ranks that the adapters "
-            "have."
+            "--space core weighs no entries; use --space product with --weights precision."
+        )
+    if rank is not None and space not in ("product", "core"):
+        raise ConfigError(
+            f"--rank is for --space product and core; --space {space} keeps the ranks that the "
+            "adapters have."
         )
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: expected at least 1.")
@@ -70,6 +76,32 @@ def check_output(out: Path, adapters: Sequence[Adapter]) -> None:
         raise CheckpointError(
             f"-o {out} would overwrite an adapter that is merged. Choose another -o."
         )
+
+
+def check_linear(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters whose changes of a base do not add up without it.
+
+    Raises:
+        ConfigError: One has magnitudes (DoRA), trained rows, or an initialisation that moves the
+            base by what depends on it.
+    """
+    for adapter in adapters:
+        move = initial_move(adapter.config)
+        reason = (
+            "has magnitudes (use_dora), and scales the base's weights by them"
+            if adapter.config.get("use_dora")
+            else "holds rows of trained tokens (trainable_token_indices), which replace the base's"
+            if adapter.rows
+            else f"began with {move}, which takes a part of the base's weights out of them"
+            if move
+            else None
+        )
+        if reason is not None:
+            ref = shlex.quote(f"BASE+{adapter.ref}")
+            raise ConfigError(
+                f"'{adapter.ref}' {reason}: such changes do not add up without the base. Fold "
+                f"it, or merge the folded models: `bmerge merge {ref} -o OUT`."
+            )
 
 
 def check_bases(adapters: Sequence[Adapter]) -> list[str]:

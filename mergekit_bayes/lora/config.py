@@ -6,32 +6,16 @@ from typing import TypedDict, cast
 
 from mergekit_bayes.checkpoint.adapter_patterns import check_adapter_patterns
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
+from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.documents import CONFIG as MOST_BYTES
 from mergekit_bayes.documents import parse_json, read_bytes
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
-from mergekit_bayes.lora.writers import explain_config, explain_files, way_out
+from mergekit_bayes.lora.variants import refuse_variant
+from mergekit_bayes.lora.writers import explain_config, explain_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor name in WEIGHTS
-
-# Settings under which an adapter is more than `s B A` on some weights, so that no dense change
-# describes it.
-_BEYOND = (
-    "use_dora",
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "kasa_config",
-    "monteclora_config",
-    "use_bdlora",
-    "arrow_config",
-)
-# Initialisations that take the first factors out of the base's weights: training then started from
-# another base than the stored one.
-_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BASE = "base_identity"  # of the metadata of WEIGHTS: the content hash of the base
 
 
 class LoraConfig(TypedDict, total=False):
@@ -45,13 +29,20 @@ class LoraConfig(TypedDict, total=False):
     rank_pattern: dict[str, int] | None
     alpha_pattern: dict[str, float] | None
     fan_in_fan_out: bool
-    bias: str
     init_lora_weights: bool | str
     target_modules: list[str] | str | None
+    target_parameters: list[str] | None
+    lora_B_layout: str | None
+    auto_mapping: dict[str, object] | None
     exclude_modules: list[str] | str | None
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
     modules_to_save: list[str] | None
+    bias: str | None
+    lora_bias: bool | None
+    use_dora: bool | None
+    ensure_weight_tying: bool | None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
 
 
 def read_config(path: Path, ref: str) -> LoraConfig:
@@ -63,8 +54,8 @@ def read_config(path: Path, ref: str) -> LoraConfig:
 
     Raises:
         CheckpointError: There is no config, or it is not one of LoRA.
-        ConfigError: The adapter is more than `s B A` on its base's weights, or a key that is read
-            has a value of another form than PEFT gives it.
+        ConfigError: The adapter is of a variant that is not read, or a key that is read has a value
+            of another form than PEFT gives it.
     """
     file = (path.parent if path.is_file() else path) / CONFIG
     if not file.exists():
@@ -80,7 +71,7 @@ def read_config(path: Path, ref: str) -> LoraConfig:
         config = cast(LoraConfig, content)
         if reason := explain_config(config):
             raise ConfigError(f"'{ref}' is not an adapter of PEFT: {reason}")
-        _refuse_other_kinds(config, ref)
+        refuse_variant(config, ref)
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
         if not all(_is_number(r) and isinstance(r, int) and r > 0 for r in ranks) or not all(
@@ -105,6 +96,8 @@ def is_targeted(config: LoraConfig, module: str) -> bool:
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return True
+    if config.get("ensure_weight_tying") and is_vocabulary(f"{module}.weight"):
+        return True  # PEFT adapts what is tied to a target, too
     return any(module == t or module.endswith(f".{t}") for t in targets)
 
 
@@ -133,15 +126,27 @@ def _is_flag_or_text(value: object) -> bool:
     return isinstance(value, bool | str)
 
 
+def _are_indices(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(
+            isinstance(indices, list) and _are_indices(indices) for indices in value.values()
+        )
+    return isinstance(value, list) and all(_is_number(i) and isinstance(i, int) for i in value)
+
+
 _LARGEST_ALPHA = 1e9  # with which a change does not leave float32; 16 to 512 are common
 _TOO_LARGE = (ArithmeticError, RecursionError)  # numbers and nestings beyond what Python handles
 # The keys whose values are relied on beside the ranks and alphas: a test, and what is expected.
 _FORMS: dict[str, tuple[Callable[[object], bool], str]] = {
     "modules_to_save": (_is_list_of_names, "a list of module names"),
     "target_modules": (_is_names_or_pattern, "a list of module names, or a regular expression"),
+    "target_parameters": (_is_list_of_names, "a list of parameter names"),
     "use_rslora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
     "ensure_weight_tying": (_is_flag, "true or false"),
+    "lora_bias": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
+    "trainable_token_indices": (_are_indices, "a list of token ids, or one by module"),
     "init_lora_weights": (_is_flag_or_text, "true, false or the name of a method"),
     "task_type": (_is_text, "text"),
     "base_model_name_or_path": (_is_text, "text"),
@@ -162,20 +167,3 @@ def _check_forms(config: Mapping[str, object], file: Path) -> None:
                 "there, or save the adapter again."
             )
     check_adapter_patterns(config, file)
-
-
-def _refuse_other_kinds(config: Mapping[str, object], ref: str) -> None:
-    beyond = [f"{key}={config[key]}" for key in _BEYOND if config.get(key)]
-    peft_type = str(config.get("peft_type") or "LORA")
-    if peft_type != "LORA":
-        beyond.insert(0, f"peft_type={peft_type}")
-    if config.get("bias", "none") != "none":
-        beyond.append(f"bias={config['bias']}")
-    if str(config.get("init_lora_weights")).lower().startswith(_MOVES_THE_BASE):
-        beyond.append(f"init_lora_weights={config['init_lora_weights']}")
-    if beyond:
-        settings = [key for key in _BEYOND if config.get(key)]
-        raise ConfigError(
-            f"'{ref}' is not s B A on its base's weights ({', '.join(beyond)}), and only that is "
-            f"read here. {way_out(peft_type, settings)}"
-        )

@@ -25,11 +25,21 @@ class Product(NamedTuple):
     left: Array  # (k, rows)
     right: Array  # (k, columns)
 
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return int(self.right.shape[1])
+
+    def with_more(self, other: "Product") -> "Product":
+        """The sum of two products, in this one's number format; the other's terms come last."""
+        pairs = ((self.left, other.left), (self.right, other.right))
+        return Product(*(np.concatenate([a, b.astype(a.dtype)]) for a, b in pairs))
+
     def entries(self, start: int, stop: int) -> Array:
         """Entries `start:stop` in flat order: `sum_k left_k[row] right_k[column]`, k ascending."""
         out = np.empty(stop - start, self.left.dtype)
         scratch = np.empty(min(_TILE, stop - start), out.dtype)
-        for rows, columns, at in _rectangles(start, stop, self.right.shape[1]):
+        for rows, columns, at in rectangles(start, stop, self.right.shape[1]):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             size = shape[0] * shape[1]
             block, term = out[at : at + size].reshape(shape), scratch[:size].reshape(shape)
@@ -80,7 +90,7 @@ def _oriented(left: Array, right: Array, *, transposed: bool) -> Product:
     return Product(right, left) if transposed else Product(left, right)
 
 
-def _rectangles(start: int, stop: int, width: int) -> Iterator[tuple[slice, slice, int]]:
+def rectangles(start: int, stop: int, width: int) -> Iterator[tuple[slice, slice, int]]:
     """Yield a flat range of a matrix as blocks (rows, columns, offset in the range).
 
     An incomplete row is a block of its own; complete rows come many at a time.

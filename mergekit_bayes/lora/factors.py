@@ -44,9 +44,15 @@ def choose_averaging(merge: AdapterMerge, layers: Layers) -> Averaging:
         layers: Their layers.
 
     Raises:
-        ConfigError: The scales are not shares, which averages of factors need.
+        ConfigError: The scales are not shares, which averages of factors need, or there are
+            stacked experts.
         MismatchError: No average is close; the message says by how much the factors differ.
     """
+    stack = next((c[0].layer for c in layers.values() if c[0].layer.expert is not None), None)
+    if stack is not None:
+        raise ConfigError(
+            f"--space factor does not merge stacked experts ('{stack.tensor}'). {_WAY_OUT}"
+        )
     unshared = [copies for copies in layers.values() if _shared_factor(merge, copies) is None]
     if not unshared:
         return Averaging(

@@ -7,13 +7,16 @@ both.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 from mergekit_bayes.checkpoint.model_config import read_config
-from mergekit_bayes.checkpoint.specs import CheckpointSource
-from mergekit_bayes.checkpoint.ties import Tie, find_ties, ties_embeddings
+from mergekit_bayes.checkpoint.names import is_vocabulary
+from mergekit_bayes.checkpoint.ties import Tie, find_ties, have_same_values, ties_embeddings
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapted import AdaptedSource
 from mergekit_bayes.lora.adapter import Adapter
+from mergekit_bayes.lora.kept_ties import refuse_apart
+from mergekit_bayes.lora.tokens import TrainedRows
 from mergekit_bayes.lora.writers import FOLD
 from mergekit_bayes.posterior import Posterior
 
@@ -23,55 +26,73 @@ _SAVE = "Save it again with `model.save_pretrained(OUT, save_embedding_layers=Tr
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name
 
 
-class HeadKeepingSource(AdaptedSource):
-    """A base with an adapter folded in, and heads that stay the base's embedding.
-
-    Args:
-        base: The base's tensors.
-        adapter: The adapter.
-        heads: Each such head, with the name of the embedding in the base.
-    """
-
-    def __init__(self, base: CheckpointSource, adapter: Adapter, heads: dict[str, str]) -> None:
-        """Match the adapter with the base; the source then owns both."""
-        super().__init__(base, adapter)
-        self._heads = heads
-        self._specs = {**self._specs, **{h: base.specs[source] for h, source in heads.items()}}
-
-    def where(self, name: str) -> str:
-        """The file or files of which a tensor is made, for messages."""
-        if name in self._heads:
-            return self.base.where(self._heads[name])
-        return super().where(name)
-
-    def file_of(self, name: str) -> int:
-        """Index of the base's shard to which a tensor belongs; 0 if only the adapter has it."""
-        return super().file_of(self._heads.get(name, name))
-
-    def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
-        if name in self._heads:
-            self.base.read_bytes(self._heads[name], offset, out)
-        else:
-            super().read_bytes(name, offset, out)
-
-
 def with_kept_heads(base: Posterior, adapter: Adapter) -> AdaptedSource:
     """The base with the adapter folded in, and with the heads that the adapter unties.
 
     Raises:
+        CheckpointError: The adapter keeps an embedding and a head tied, and they differ in it.
         ConfigError: The layout of a square weight is ambiguous.
         MismatchError: A layer or tensor of the adapter does not fit the base, or the head has
             other rows than the embedding.
     """
-    mean = AdaptedSource(base.mean, adapter)
-    heads = _kept_heads(base, mean)
-    _refuse_other_rows(base, mean, heads)
-    return HeadKeepingSource(base.mean, adapter, heads) if heads else mean
+    adapter = replace(adapter, rows={**adapter.rows, **_rows_of_heads(base, adapter)})
+    own = _own_heads(base, adapter)
+    mean = AdaptedSource(base.mean, adapter, own)
+    kept = _kept_heads(base, mean)
+    _refuse_other_rows(base, mean, kept)
+    refuse_apart(mean)
+    return AdaptedSource(base.mean, adapter, own | kept) if kept else mean
+
+
+def _rows_of_heads(base: Posterior, adapter: Adapter) -> dict[str, TrainedRows]:
+    """The rows of heads that the base stores as copies of embeddings of which rows were trained.
+
+    PEFT trains the rows of an embedding and of what is tied to it as one, unless the head has rows
+    of its own.
+    """
+    if not adapter.rows or ties_embeddings(read_config(base.path)) is False:
+        return {}
+    shapes = {name: spec.shape for name, spec in base.mean.specs.items()}
+    return {
+        head: adapter.rows[tie.source]
+        for tie in find_ties(shapes)
+        for head in tie.heads
+        if tie.source in adapter.rows.keys() & shapes.keys()
+        and head in shapes.keys() - adapter.rows.keys() - adapter.replacements.keys()
+        and have_same_values(base.mean, tie.source, head)
+    }
+
+
+def _own_heads(base: Posterior, adapter: Adapter) -> dict[str, str]:
+    """The heads that the base does not store and the adapter changes, each with its embedding.
+
+    PEFT's model computes with the embedding and the head apart, so that the head becomes a tensor
+    of its own.
+    """
+    config = read_config(base.path)
+    weights = {f"{module}.weight" for module in adapter.layers} | adapter.rows.keys()
+    absent = {n for n in weights if is_vocabulary(n) and n not in base.mean.specs}
+    if not absent or ties_embeddings(config) is False:
+        return {}
+    shapes = {name: spec.shape for name, spec in base.mean.specs.items()}
+    heads = {head: tie.source for tie in _ties(config, shapes, shapes) for head in tie.heads}
+    return {h: e for h, e in heads.items() if h in absent and e in shapes}
+
+
+def _ties(config: Mapping[str, object], changed: Collection[str], shapes: Shapes) -> Iterator[Tie]:
+    """The ties of an architecture, with those of some embeddings to a head that is not stored."""
+    yield from find_ties(shapes)
+    # The base does not store the head; what else it stores, or its class, says that it has one.
+    architectures = str(config.get("architectures"))
+    if "ForCausalLM" in architectures or "LMHead" in architectures:
+        yield from _usual_ties(changed, shapes)
 
 
 def _kept_heads(base: Posterior, mean: AdaptedSource) -> dict[str, str]:
-    """The heads that stay the base's embedding, each with the name of the embedding."""
+    """The heads that stay the base's embedding, each with the name of the embedding.
+
+    A head follows the rows of its embedding that were trained one by one, unless it has its own.
+    """
     config, settings = read_config(base.path), mean.adapter.config
     changed = {*mean.adapted, *mean.replaced} & base.mean.specs.keys()
     if (
@@ -81,12 +102,8 @@ def _kept_heads(base: Posterior, mean: AdaptedSource) -> dict[str, str]:
     ):
         return {}
     shapes = {name: spec.shape for name, spec in mean.specs.items()}
-    architectures = str(config.get("architectures"))
-    # The base does not store the head; what else it stores, or its class, says that it has one.
-    is_causal = "ForCausalLM" in architectures or "LMHead" in architectures
-    ties = (*find_ties(shapes), *(_usual_ties(changed, shapes) if is_causal else ()))
     heads: dict[str, str] = {}
-    for tie in ties:
+    for tie in _ties(config, changed, shapes):
         if tie.source in changed:
             heads |= {head: tie.source for head in tie.heads if head not in shapes}
     return heads

@@ -4,6 +4,7 @@ product   dW = sum_t c_t s_t B_t A_t                           weights uniform: 
           dW = sum_t c_t S_t dW_t / sum_t c_t S_t  per entry   weights precision
           with S_t = 1 / (V_W + floor), cut to rank R by SVD
 concat    B = [c_1 s_1 B_1, ...], A = [A_1; ...]               task arithmetic, exact
+core      dW = U M V', M merged by any method (see `core`), cut to rank R by SVD
 factor    the factors themselves, where their average means something (see `factors`)
 """
 
@@ -23,13 +24,29 @@ from mergekit_bayes.checkpoint.side_files import (
 )
 from mergekit_bayes.checkpoint.stamps import documents_in, refuse_changed, stamps_of
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
-from mergekit_bayes.lora.checks import check_bases, check_options, check_output, check_precisions
+from mergekit_bayes.lora.checks import (
+    check_bases,
+    check_linear,
+    check_options,
+    check_output,
+    check_precisions,
+)
 from mergekit_bayes.lora.config import CONFIG
+from mergekit_bayes.lora.core import measure_cores
 from mergekit_bayes.lora.factors import choose_averaging
 from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Space, Weights, match_adapters
 from mergekit_bayes.lora.output import write_config, write_tensors
 from mergekit_bayes.lora.replacements import decide_replacements
-from mergekit_bayes.lora.report import FORMULA, SYMBOLS, AdapterReport, summarise
+from mergekit_bayes.lora.report import (
+    SYMBOLS,
+    AdapterReport,
+    describe_rule,
+    formula,
+    summarise,
+)
+from mergekit_bayes.lora.rules import check_space, choose_rule
+from mergekit_bayes.lora.shifts import check_shifts
+from mergekit_bayes.lora.variants import variant_notes
 from mergekit_bayes.posterior.info import note_on_losses
 from mergekit_bayes.recipes import recipe_text
 from mergekit_bayes.records import Progress
@@ -43,6 +60,8 @@ def merge_adapters(
     weights: Weights = "uniform",
     space: Space = "product",
     rank: int | None = None,
+    method: str | None = None,
+    param: Mapping[str, float | str] | None = None,
     counts: Literal["equal", "recorded"] = "equal",
     precision: Mapping[str, str] | None = None,
     identities: Mapping[str, str] | None = None,
@@ -59,9 +78,13 @@ def merge_adapters(
         scales: One for all or one per adapter. With uniform weights they multiply changes; with
             precision weights they are shares and not negative.
         weights: `uniform`, or `precision`, which needs a precision of every adapter.
-        space: `product`, `concat` (exact, uniform weights only) or `factor`.
-        rank: Rank of the result in product space; by default the largest of the adapters'. What a
-            layer does not need of it is zero.
+        space: `product`, `concat` (exact, uniform weights only), `factor` or `core` (uniform
+            weights only).
+        rank: Rank of the result in product or core space; by default the largest of the adapters'.
+            What a layer does not need of it is zero.
+        method: In core space, the method by which cores are merged; None for task arithmetic, which
+            product space and concatenation are, too.
+        param: Settings of the method.
         counts: `equal` counts all precisions for one number of observations, the smallest on
             record; `recorded` each for its own.
         precision: Another place for an adapter's precision, by the adapter as given.
@@ -73,12 +96,16 @@ def merge_adapters(
 
     Raises:
         CheckpointError: A file cannot be read or was changed meanwhile, or the output exists.
-        ConfigError: The options contradict each other, or an adapter is of a kind that is not read.
+        ConfigError: The options contradict each other, or an adapter is of a kind that is not read
+            or does not add up without its base.
         MismatchError: The adapters have different bases or shapes, or factors of which no average
             can be taken.
         PrecisionError: A precision is missing or of another kind.
     """
     shares = check_options(adapters, scales, weights, space, rank)
+    rule = choose_rule(method, param or {}, len(adapters), scales) if space == "core" else None
+    if rule is None:
+        check_space(method, param or {}, space)
     places = precision or {}
     needs_precision = weights == "precision" or space == "factor"
     with ExitStack() as stack:
@@ -100,6 +127,7 @@ def merge_adapters(
         for adapter in opened:
             side_files(adapter.posterior.path)  # refuses links that lead out of its folder
         check_side_files(opened[0].posterior.path)
+        check_linear(opened)
         notes = check_bases(opened)
         if weights == "precision":
             counted = check_precisions(opened, counts)
@@ -108,12 +136,17 @@ def merge_adapters(
         else:
             counted = (None,) * len(opened)
         notes += [note for adapter in opened if (note := adapter.unused_note) is not None]
+        notes += [note for a in opened for note in variant_notes(a.config, a.ref)]
         layers, replacements = match_adapters(opened)
-        merge = AdapterMerge(opened, shares, counted, weights, seed)
+        merge = AdapterMerge(opened, shares, counted, weights, seed, rule=rule)
         if space == "factor":
             averaging = choose_averaging(merge, layers)
             notes.append(averaging.reason)
             merge = merge._replace(averaged=not averaging.is_linear)
+        if rule is not None:
+            check_shifts(layers, rule)
+            merge = merge._replace(facts=measure_cores(merge, layers))
+            notes += [note for note in (describe_rule(rule),) if note is not None]
         result_rank = _choose_rank(space, rank, layers)
         partial = stack.enter_context(replacing(out, force=force))
         partial.mkdir()
@@ -127,8 +160,10 @@ def merge_adapters(
             path=str(out),
             space=space,
             weights=weights,
-            summary=summarise(space, weights, shares, averaged=merge.averaged),
-            formula=FORMULA[space, weights],
+            method=rule.method.name if rule is not None else None,
+            param=dict(rule.settings) if rule is not None else {},
+            summary=summarise(space, weights, shares, averaged=merge.averaged, rule=rule),
+            formula=formula(space, weights, rule),
             symbols=SYMBOLS[space, weights],
             adapters=tuple(adapters),
             scales=shares,
@@ -153,6 +188,7 @@ def merge_adapters(
             },
             "space": space,
             "rank": rank,
+            **({} if rule is None else {"method": rule.method.name, "param": dict(rule.settings)}),
             "identities": {p.pinned: p.identity for p in posteriors},
             "precision_identities": {
                 p.pinned: p.precision_identity for p in posteriors if p.has_precision
@@ -172,7 +208,7 @@ def _choose_rank(space: Space, rank: int | None, layers: Layers) -> int:
 
 def _exact_rank(merge: AdapterMerge, space: Space, layers: Layers) -> int | None:
     """The smallest rank that surely holds the merged change of every layer; None if none cuts."""
-    if space != "product":
+    if space not in ("product", "core"):
         return None
     ranks = []
     for copies in layers.values():

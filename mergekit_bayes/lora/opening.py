@@ -4,8 +4,8 @@ import os
 from contextlib import ExitStack
 
 from mergekit_bayes.checkpoint.sources import is_hub_id
-from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.lora.adapted import ProductPrecision
+from mergekit_bayes.errors import CheckpointError, MismatchError
+from mergekit_bayes.lora.adapted import AdaptedSource, ProductPrecision
 from mergekit_bayes.lora.adapter import open_adapter
 from mergekit_bayes.lora.kept_heads import with_kept_heads
 from mergekit_bayes.posterior import Posterior, open_posterior
@@ -82,6 +82,21 @@ def open_adapted(
     return Posterior(
         ref, base.path, mean, product, isotropic=isotropic, parts=(base, adapter.posterior)
     )
+
+
+def refuse_other_base(model: Posterior) -> None:
+    """Refuse an adapter on another base than the one that its files record.
+
+    Raises:
+        MismatchError: `model` is `BASE+ADAPTER`, and the hash of the base is not the recorded one.
+    """
+    source = model.mean
+    if isinstance(source, AdaptedSource) and source.other_base is not None:
+        raise MismatchError(
+            f"{source.other_base}: the hash of a base that it records is not that of "
+            f"{source.base.files[0]}. Name the base that it was trained on, in the dtype that it "
+            "had; or, if these weights are meant, add --on-base apply."
+        )
 
 
 def split_ref(ref: str) -> tuple[str, str] | None:

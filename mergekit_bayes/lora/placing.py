@@ -9,19 +9,26 @@ from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming, renamed_
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
-from mergekit_bayes.lora.config import CONFIG, is_targeted
+from mergekit_bayes.lora.config import is_targeted
 from mergekit_bayes.lora.layers import Layer
+from mergekit_bayes.lora.layouts import (
+    PlacedLayer,
+    find_transposed,
+    place_layers,
+    possible_shapes,
+)
+from mergekit_bayes.lora.misplaced import (
+    named_base,
+    refuse_misplaced_biases,
+    refuse_misplaced_rows,
+)
+from mergekit_bayes.lora.tokens import TrainedRows
+from mergekit_bayes.lora.variants import initial_move, variant_notes
+from mergekit_bayes.lora.views import View, explain_fused, view_base
 from mergekit_bayes.lora.writers import FOLD
 
 # The end of a name from the number of its block on.
 _NUMBERED = re.compile(r"\.(\d+\..*)$")
-
-
-class PlacedLayer(NamedTuple):
-    """A layer of an adapter and the layout of the base's weight that it changes."""
-
-    layer: Layer
-    transposed: bool  # the weight is stored as (d_in, d_out)
 
 
 class Placement(NamedTuple):
@@ -29,40 +36,81 @@ class Placement(NamedTuple):
 
     Attributes:
         layers: The layers by the base's tensor that they change.
+        biases: The layers by the base's bias that theirs is added to (`lora_bias`).
+        rows: The rows that are replaced, by the base's tensor.
         replaced: The tensors that are replaced, from the base's name to the adapter's name on disk.
         notes: Remarks on what is left out, and on what PEFT would do otherwise.
     """
 
     layers: dict[str, PlacedLayer]
+    biases: dict[str, Layer]
+    rows: dict[str, TrainedRows]
     replaced: dict[str, str]
     notes: tuple[str, ...]
 
 
-def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
+def place_adapter(
+    base: CheckpointSource, adapter: Adapter, heads: Mapping[str, str] | None = None
+) -> Placement:
     """Match an adapter with the tensors of a base.
+
+    Args:
+        base: The base's tensors.
+        adapter: The adapter.
+        heads: Heads that the base does not store, each with the embedding of the base that it is.
 
     Raises:
         ConfigError: The layout of a square weight is ambiguous.
         MismatchError: A layer or tensor of the adapter does not fit the base.
     """
-    weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
+    weights = {layer.tensor: layer for layer in adapter.layers.values()}
     stored = adapter.posterior.mean.specs
-    renaming = _find_renaming(base, adapter, weights)
+    view = view_base(base, weights.values(), adapter.replacements)
+    stored_specs = {**view.specs, **{h: base.specs[e] for h, e in (heads or {}).items()}}
+    renaming = _find_renaming(view, stored_specs, adapter, weights)
     layers = {renaming(name): layer for name, layer in weights.items()}
     replaced = {renaming(name): disk for name, disk in adapter.replacements.items()}
-    specs = {**base.specs, **{name: stored[disk] for name, disk in replaced.items()}}
+    _check_whole(view, adapter, replaced)
+    specs = {**stored_specs, **{name: stored[disk] for name, disk in replaced.items()}}
     layers, notes = _effective(specs, adapter, layers)
     if renaming.names:
         notes.append(renamed_note(adapter.ref, renaming))
     if adapter.unused_note is not None:
         notes.append(adapter.unused_note)
+    notes += _notes_on_variants(adapter)
     for name, layer in layers.items():
-        _check_layer(base, specs, adapter, name, layer)
+        _check_layer(view, specs, adapter, name, layer)
     for name in replaced:
-        _check_replacement(base, specs, adapter, name, replaced[name], notes)
-    transposed = _find_transposed(specs, adapter, layers)
-    placed = {name: PlacedLayer(layer, name in transposed) for name, layer in layers.items()}
-    return Placement(placed, replaced, tuple(notes))
+        _check_replacement(view, specs, adapter, name, replaced[name], notes)
+    placed = place_layers(view, adapter, layers, find_transposed(specs, adapter, layers))
+    biases = {renaming(f"{x.module}.bias"): x for x in layers.values() if x.bias is not None}
+    rows = {renaming(name): trained for name, trained in adapter.rows.items()}
+    refuse_misplaced_biases(view, specs, adapter, biases)
+    refuse_misplaced_rows(view, specs, adapter, rows, {*layers, *replaced})
+    return Placement(
+        placed,
+        {view.stored(name): layer for name, layer in biases.items()},
+        {view.stored(name): trained for name, trained in rows.items()},
+        {view.stored(name): disk for name, disk in replaced.items()},
+        tuple(notes),
+    )
+
+
+def _notes_on_variants(adapter: Adapter) -> list[str]:
+    """What of the config a report tells, and tensors that get no precision."""
+    notes = list(variant_notes(adapter.config, adapter.ref))
+    move = initial_move(adapter.config)
+    if move is not None:
+        notes.append(
+            f"'{adapter.ref}' began with {move}, which takes its first factors out of the base: "
+            "the base is moved likewise, as PEFT does when it loads such an adapter"
+        )
+    if adapter.posterior.has_precision and (adapter.config.get("use_dora") or adapter.rows):
+        notes.append(
+            f"'{adapter.ref}' has a precision, and what it says of weights with magnitudes (DoRA) "
+            "and of tables with trained rows is not known: those have none"
+        )
+    return notes
 
 
 def _effective(
@@ -73,7 +121,11 @@ def _effective(
     PEFT ignores factors of modules that its config does not target. Where the base has the module
     they are applied all the same, since they were trained; where it has none, nothing can be.
     """
-    untargeted = [n for n, x in layers.items() if not is_targeted(adapter.config, x.module)]
+    untargeted = [
+        name
+        for name, layer in layers.items()
+        if not layer.is_parameter and not is_targeted(adapter.config, layer.module)
+    ]
     ignored = [name for name in untargeted if name not in specs]
     applied = [name for name in untargeted if name in specs]
     if len(ignored) == len(layers):
@@ -93,7 +145,10 @@ def _effective(
 
 
 def _find_renaming(
-    base: CheckpointSource, adapter: Adapter, weights: Mapping[str, Layer]
+    base: View,
+    specs: Mapping[str, TensorSpec],
+    adapter: Adapter,
+    weights: Mapping[str, Layer],
 ) -> Renaming:
     """How the adapter's names of weights become the base's.
 
@@ -103,7 +158,13 @@ def _find_renaming(
     stored = adapter.posterior.mean.specs
     shapes = {name: TensorSpec("F32", layer.shape) for name, layer in weights.items()}
     shapes |= {name: stored[disk] for name, disk in adapter.replacements.items()}
-    renaming = find_renaming(base.specs, shapes, fits=_may_be_transposed)
+    shapes |= {name: stored[trained.disk] for name, trained in adapter.rows.items()}
+    shapes |= {
+        f"{layer.module}.bias": TensorSpec("F32", (layer.rows,))
+        for layer in weights.values()
+        if layer.bias is not None
+    }
+    renaming = find_renaming(specs, shapes, fits=_may_be_transposed)
     for name in sorted(weights.keys() & renaming.ambiguous.keys()):
         rivals = renaming.ambiguous[name]
         shown = " or ".join(f"'{rival}'" for rival in rivals[:2])
@@ -115,11 +176,25 @@ def _find_renaming(
 
 
 def _may_be_transposed(shape: Sequence[int], stored: Sequence[int]) -> bool:
-    return tuple(stored) in (tuple(shape), tuple(shape[::-1]))
+    return tuple(stored) in possible_shapes(tuple(shape))
+
+
+def _check_whole(view: View, adapter: Adapter, replaced: Mapping[str, str]) -> None:
+    """Refuse a whole tensor that the base stores in pieces.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for name, disk in replaced.items():
+        if name in view.segments:
+            raise ConfigError(
+                f"'{adapter.ref}' replaces '{name}' ('{disk}'), which {view.where(name)} stores in "
+                f"pieces ('{view.stored(name)}' is one), and whole tensors are not split. {FOLD}"
+            )
 
 
 def _check_layer(
-    base: CheckpointSource,
+    base: View,
     specs: Mapping[str, TensorSpec],
     adapter: Adapter,
     name: str,
@@ -132,13 +207,23 @@ def _check_layer(
             f"hold. {_explain_absent(base, adapter, name, layer)}"
         )
     where = base.where(name) if name in base.specs else adapter.posterior.mean.where(layer.a)
-    shapes = [layer.shape] if layer.kernel else [layer.shape, layer.shape[::-1]]
+    shapes = [layer.shape]
+    if layer.is_parameter and layer.experts == 1:
+        shapes.append((1, *layer.shape))
+    elif not layer.kernel and not layer.is_embedding:
+        shapes = possible_shapes(layer.shape)
     if spec.shape not in shapes:
-        cause = f"Was it trained on another model ({_named_base(adapter)})?"
+        cause = f"Was it trained on another model ({named_base(adapter)})?"
+        if layer.experts > 1 and len(spec.shape) == 3 and spec.shape[0] != layer.experts:
+            cause = (
+                f"The factors are those of {layer.experts} experts of rank {layer.rank}, and the "
+                f"base has {spec.shape[0]}. {cause}"
+            )
         if is_vocabulary(name) and spec.shape[1:] == layer.shape[1:]:
             cause = (
                 "The vocabulary was resized before training, and the adapter does not hold the "
-                f"rows that were added: name the base of {layer.rows} rows that it was trained on."
+                f"rows that were added: name the base of {layer.shape[0]} rows that it was "
+                "trained on."
             )
         raise MismatchError(
             f"'{layer.a}' of '{adapter.ref}' changes a weight of {list(layer.shape)}, but '{name}' "
@@ -152,7 +237,7 @@ def _check_layer(
 
 
 def _check_replacement(
-    base: CheckpointSource,
+    base: View,
     specs: Mapping[str, TensorSpec],
     adapter: Adapter,
     name: str,
@@ -176,11 +261,11 @@ def _check_replacement(
         return
     raise MismatchError(
         f"'{disk}' of '{adapter.ref}' is {list(new)}, but '{name}' in {base.where(name)} is "
-        f"{list(old)}. Was it trained on another model ({_named_base(adapter)})?"
+        f"{list(old)}. Was it trained on another model ({named_base(adapter)})?"
     )
 
 
-def _explain_absent(base: CheckpointSource, adapter: Adapter, name: str, layer: Layer) -> str:
+def _explain_absent(base: View, adapter: Adapter, name: str, layer: Layer) -> str:
     """Why the base lacks a tensor that the adapter changes, and what to do."""
     if is_vocabulary(name):
         return (
@@ -203,40 +288,14 @@ def _explain_absent(base: CheckpointSource, adapter: Adapter, name: str, layer: 
             "names, by another version of transformers or as a part of a larger model (such as "
             f"the language tower of a vision-language model). {FOLD}"
         )
-    return f"Was it trained on another model than this ({_named_base(adapter)})?"
-
-
-def _find_transposed(
-    specs: Mapping[str, TensorSpec], adapter: Adapter, layers: Mapping[str, Layer]
-) -> set[str]:
-    """The matrices stored as (d_in, d_out), judged by their shapes.
-
-    Square weights are taken to be laid out as the others are, or else as the config says.
-    """
-    is_transposed: dict[str, bool] = {}
-    square: list[str] = []
-    for name, layer in layers.items():
-        if layer.kernel:
-            continue
-        if layer.rows == layer.columns:
-            square.append(name)
-        else:
-            is_transposed[name] = specs[name].shape == (layer.columns, layer.rows)
-    layouts = set(is_transposed.values())
-    if square and len(layouts) > 1:
-        raise ConfigError(
-            f"'{adapter.ref}' adapts transposed and ordinary layers, and the square '{square[0]}' "
-            "may be either. Fold it into its base with `PeftModel.merge_and_unload()`."
+    if layer.experts > 1:
+        return (
+            f"It is a stack of {layer.experts} experts, and the base has these neither stacked nor "
+            f"one by one under names that are known. {FOLD}"
         )
-    flag = bool(adapter.config.get("fan_in_fan_out"))
-    square_transposed = layouts.pop() if len(layouts) == 1 else flag
-    return {n for n, yes in is_transposed.items() if yes} | (
-        set(square) if square_transposed else set()
+    return explain_fused(base, name) or (
+        f"Was it trained on another model than this ({named_base(adapter)})?"
     )
-
-
-def _named_base(adapter: Adapter) -> str:
-    return f"{CONFIG} names '{adapter.config.get('base_model_name_or_path')}'"
 
 
 def _some(names: Sequence[str]) -> str:

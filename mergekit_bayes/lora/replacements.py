@@ -1,4 +1,4 @@
-"""Merge the tensors that adapters hold in place of the base's (`modules_to_save`)."""
+"""Merge the tensors that adapters hold in place of the base's (`modules_to_save`, `bias`)."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,8 @@ def decide_replacements(merge: AdapterMerge, replacements: Replacements) -> dict
         if len(copies) < len(merge.adapters):
             lacking = min(set(range(len(merge.adapters))) - {copy.owner for copy in copies})
             raise MismatchError(
-                f"'{name}' is whole in '{merge.adapters[copies[0].owner].ref}' (modules_to_save) "
+                f"'{name}' is whole in '{merge.adapters[copies[0].owner].ref}' (modules_to_save, "
+                "bias, or stored below its factors) "
                 f"but not in '{merge.adapters[lacking].ref}'. {_FOLD}"
             )
         means = [merge.adapters[copy.owner].posterior.mean for copy in copies]
@@ -41,8 +42,8 @@ def decide_replacements(merge: AdapterMerge, replacements: Replacements) -> dict
             outcomes[name] = _SAME
         elif merge.weights == "uniform":
             raise MismatchError(
-                f"'{name}' differs between the adapters, which hold it whole (modules_to_save): "
-                f"what each one changed is known only with the base. {_FOLD}"
+                f"'{name}' differs between the adapters, which hold it whole (modules_to_save, or "
+                f"bias): what each one changed is known only with the base. {_FOLD}"
             )
         else:
             outcomes[name] = _AVERAGED

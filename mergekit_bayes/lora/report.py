@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mergekit_bayes import __version__
 from mergekit_bayes.lora.inputs import Space, Weights
+from mergekit_bayes.lora.rules import USUAL, Rule
 from mergekit_bayes.records import Frozen
 
 FORMULA: dict[tuple[Space, Weights], str] = {
@@ -12,6 +13,7 @@ FORMULA: dict[tuple[Space, Weights], str] = {
         "dW = sum_t c_t S_t s_t B_t A_t / sum_t c_t S_t, S_t = 1 / (V_W + floor), cut to rank R"
     ),
     ("concat", "uniform"): "B = [c_1 s_1 B_1, ...], A = [A_1; ...]",
+    ("core", "uniform"): "dW = U M V', M = METHOD of all U' s_t B_t A_t V by c_t, cut to rank R",
     ("factor", "uniform"): (
         "shared factor: sum_t c_t of the other; one start: sum_t c_t / sum_t c_t of each"
     ),
@@ -26,6 +28,10 @@ SYMBOLS: dict[tuple[Space, Weights], str] = {
         f"{_SYMBOLS}, V_W the variance of s_t B_t A_t (weight^2), R the rank (--rank)"
     ),
     ("concat", "uniform"): _SYMBOLS,
+    ("core", "uniform"): (
+        f"{_SYMBOLS}, U the left singular vectors of [s_1 B_1, ...], V the right ones of "
+        "[A_1; ...], R the rank (--rank)"
+    ),
     ("factor", "uniform"): f"{_SYMBOLS} (which counts to B_t)",
     ("factor", "precision"): (
         f"{_SYMBOLS} (which counts to B_t), S_t the precision of the factor (1/weight^2)"
@@ -33,7 +39,30 @@ SYMBOLS: dict[tuple[Space, Weights], str] = {
 }
 
 
-def summarise(space: Space, weights: Weights, scales: Sequence[float], *, averaged: bool) -> str:
+def formula(space: Space, weights: Weights, rule: Rule | None) -> str:
+    """The formula of a merge in some space, by some weights and, in core space, by some method."""
+    text = FORMULA[space, weights]
+    return text if rule is None else text.replace("METHOD", rule.method.name)
+
+
+def describe_rule(rule: Rule) -> str | None:
+    """What a user should know of a method in core space; None if it is what it is elsewhere."""
+    if rule.is_equivariant:
+        return None
+    return (
+        f"{rule.method.name} goes by coordinates: in core space by common directions of the "
+        "adapters, not by entries of the weights, so that the merge is another one than on the base"
+    )
+
+
+def summarise(
+    space: Space,
+    weights: Weights,
+    scales: Sequence[float],
+    *,
+    averaged: bool,
+    rule: Rule | None = None,
+) -> str:
     """What a merge of adapters does, in one line.
 
     Args:
@@ -41,6 +70,7 @@ def summarise(space: Space, weights: Weights, scales: Sequence[float], *, averag
         weights: What weighs them.
         scales: One per adapter.
         averaged: Whether factors are averaged because they started from one A.
+        rule: In core space, the method by which they are merged.
     """
     count, is_one = len(scales), len(set(scales)) == 1
     adapters = f"{count} adapter{'s' * (count > 1)}"
@@ -49,6 +79,10 @@ def summarise(space: Space, weights: Weights, scales: Sequence[float], *, averag
         weighed = ", weighted by precision" if weights == "precision" else ""
         kind = "average of the factors of" if space == "factor" else "average of the changes of"
         return f"{kind} {adapters}" + ("" if is_one else f" (shares {shares})") + weighed
+    if rule is not None and rule.method.name != USUAL.name:
+        shown = ", ".join(f"{scale:g}" for scale in (scales[:1] if is_one else scales))
+        scaled = f" (scale {shown})" if rule.method.takes_scales else ""
+        return f"{rule.text} of the changes of {adapters}{scaled}, in their core space"
     each = f"scale {scales[0]:g}{' each' * (count > 1)}" if is_one else None
     each = each or f"scales {', '.join(f'{scale:g}' for scale in scales)}"
     hint = f"; --scale {1 / count:.4g} averages them" if count > 1 and set(scales) == {1} else ""
@@ -79,6 +113,8 @@ class AdapterReport(Frozen):
         path: The folder written.
         space: The space in which changes were added.
         weights: What weighed them.
+        method: In core space, the method that merged them; None elsewhere.
+        param: Its settings.
         summary: What the merge did, in one line.
         formula: The formula of that space and weights.
         symbols: What the symbols of the formula are.
@@ -97,6 +133,8 @@ class AdapterReport(Frozen):
     path: str
     space: Space
     weights: Weights
+    method: str | None = None
+    param: dict[str, float | str] = {}
     summary: str = ""
     formula: str
     symbols: str = ""
@@ -109,3 +147,8 @@ class AdapterReport(Frozen):
     layers: dict[str, MergedLayer]
     whole: dict[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def is_a_sum(self) -> bool:
+        """Whether the merged change is the sum of the scaled changes, but for its rank."""
+        return self.weights == "uniform" and self.method in (None, USUAL.name)

@@ -8,6 +8,7 @@ faster approximate singular value decomposition*, NeurIPS 2015), with a seed. Th
 always measured on the factors as they are stored.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,11 +16,16 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.lora.bases import Basis, orthonormal
 from mergekit_bayes.lora.layers import Factors
 
 _DENSE = 512  # rows or columns up to which LAPACK's SVD is fast
 _POWERS = 4  # blocks of the Krylov space beyond the first
 _OVERSAMPLING = 8  # columns of a block beyond the rank
+_BEYOND = (
+    "the change of a layer is beyond float32. Look at lora_alpha in adapter_config.json, at "
+    "--scale, and at the values of the factors."
+)
 
 
 class Truncated(NamedTuple):
@@ -34,6 +40,7 @@ def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
     """The best approximation of `left right` by factors of a given rank.
 
     It is the SVD of the product's k x k core, in float64; exact for `rank >= k`.
+    What it costs grows with d k^2 for both sizes d, and no d x d matrix is formed.
 
     Args:
         left: Shape (d_out, k).
@@ -43,17 +50,57 @@ def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
     Raises:
         CheckpointError: The product is beyond float32.
     """
+    return truncate_core(*_in_bases(left, right), rank)
+
+
+def _in_bases(left: Array, right: Array) -> tuple[Basis, Array, Basis]:
+    """A product `left right` as `U core V'`.
+
+    Raises:
+        CheckpointError: An entry is not finite.
+    """
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
-    q, core_left = np.linalg.qr(left)
-    p, core_right = np.linalg.qr(right.T)
-    u, sigma, v = _svd(core_left @ core_right.T)
-    factors = _factors(q @ u, sigma, v @ p.T, rank)
-    lacking = (
-        np.concatenate([left, -factors.b.astype(np.float64)], 1),
-        np.concatenate([right, factors.a]),
+    if not (np.isfinite(left).all() and np.isfinite(right).all()):
+        raise CheckpointError(_BEYOND)
+    columns, rows = orthonormal(left), orthonormal(right.T)
+    return columns.basis, columns.inner @ rows.inner.T, rows.basis
+
+
+def truncate_core(left: Basis, core: Array, right: Basis, rank: int) -> Truncated:
+    """The best approximation of `U core V'` by factors of a given rank.
+
+    Args:
+        left: U, (d_out, k).
+        core: (k, l), float64.
+        right: V, (d_in, l).
+        rank: Rank of the result.
+
+    Raises:
+        CheckpointError: The core is beyond float32.
+    """
+    u, sigma, v = _svd(core)
+    used = min(rank, sigma.size)
+    factors = _factors(left.times(u[:, :used]), sigma[:used], right.times(v[:used].T).T, rank)
+    return _measured(left, core, right, factors, used)
+
+
+def _measured(left: Basis, core: Array, right: Basis, factors: Factors, used: int) -> Truncated:
+    """Factors with what they lack of `U core V'`; `used` of them are not zeros.
+
+    The error is that of four orthogonal parts, by whether columns and rows lie in the bases, none
+    of which needs more than thin products with them.
+    """
+    norm = float(np.linalg.norm(core))
+    b, a = factors.b[:, :used].astype(np.float64), factors.a[:used].T.astype(np.float64)
+    b_inside, a_inside = left.inside(b), right.inside(a)
+    b_outside, a_outside = b - left.times(b_inside), a - right.times(a_inside)
+    lacking = math.hypot(
+        float(np.linalg.norm(core - b_inside @ a_inside.T)),
+        _thin_norm(b_inside, a_outside),
+        _thin_norm(b_outside, a_inside),
+        _thin_norm(b_outside, a_outside),
     )
-    norm = product_norm(left, right)
-    return Truncated(factors, product_norm(*lacking) / norm if norm else 0.0, norm)
+    return Truncated(factors, lacking / norm if norm else 0.0, norm)
 
 
 def _svd(matrix: Array) -> tuple[Array, Array, Array]:
@@ -66,10 +113,7 @@ def _svd(matrix: Array) -> tuple[Array, Array, Array]:
         u, sigma, v = np.linalg.svd(matrix, full_matrices=False)
         if not sigma.size or sigma[0] <= np.finfo(np.float32).max:
             return u, sigma, v
-    raise CheckpointError(
-        "the change of a layer is beyond float32. Look at lora_alpha in adapter_config.json, at "
-        "--scale, and at the values of the factors."
-    )
+    raise CheckpointError(_BEYOND)
 
 
 def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
@@ -114,11 +158,13 @@ def leading_directions(matrix: Array, rank: int, seed: int = 0) -> tuple[Array, 
     return q @ u, sigma, v
 
 
-def product_norm(left: Array, right: Array) -> float:
-    """Frobenius norm of `left right`, (d_out, k) times (k, d_in), without forming the product."""
-    core_left = np.linalg.qr(np.asarray(left, np.float64)).R
-    core_right = np.linalg.qr(np.asarray(right, np.float64).T).R
-    return float(np.linalg.norm(core_left @ core_right.T))
+def _thin_norm(left: Array, right: Array) -> float:
+    """Frobenius norm of `left right`, (d_out, k) times (k, d_in), to 1e-8 of that of each.
+
+    |b a|^2 = tr(b' b a a') = sum_ij (b' b)_ij (a a')_ij
+    """
+    squared = float(np.vdot(left.T @ left, right.T @ right))
+    return math.sqrt(max(squared, 0.0))
 
 
 def as_stored(factors: Factors, rank: int, left: Array, right: Array) -> Truncated:
@@ -131,12 +177,10 @@ def as_stored(factors: Factors, rank: int, left: Array, right: Array) -> Truncat
         right: See `left`.
     """
     a, b = np.zeros((rank, right.shape[1]), np.float32), np.zeros((left.shape[0], rank), np.float32)
-    a[: len(factors.a)], b[:, : len(factors.a)] = factors.a, factors.b
-    norm = product_norm(left, right)
-    lacking = product_norm(
-        np.concatenate([left, -b.astype(np.float64)], 1), np.concatenate([right, a])
-    )
-    return Truncated(Factors(a, b), lacking / norm if norm else 0.0, norm)
+    used = len(factors.a)
+    a[:used], b[:, :used] = factors.a, factors.b
+    columns, core, rows = _in_bases(left, right)
+    return _measured(columns, core, rows, Factors(a, b), used)
 
 
 def _blocks(matrix: Array, b: Array) -> Iterator[tuple[Array, Array]]:

@@ -5,7 +5,7 @@ one.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
@@ -13,6 +13,7 @@ from mergekit_bayes.errors import BmergeError, MismatchError
 from mergekit_bayes.posterior import Posterior
 
 FOLD = "Fold it into its base with `PeftModel.merge_and_unload()` and merge the result."
+_FOLDER = "Name its folder, with its adapter_config.json, after the base: BASE+FOLDER."
 _DIFFUSERS = (
     "Fold it into its pipeline with diffusers (`load_lora_weights`, `fuse_lora`, "
     "`save_pretrained`) and merge the parts of the result."
@@ -27,7 +28,7 @@ _ADAPTERHUB = (
     "Fold its LoRA with `model.merge_adapter(NAME)`, save the model and merge that; other kinds "
     "of its adapters add layers, which no merge of weights can take in.",
 )
-_NO_CHANGE = "It adds virtual tokens and changes no weight, so that there is nothing to merge."
+NO_CHANGE = "It adds virtual tokens and changes no weight, so that there is nothing to merge."
 
 # A pattern of a tensor's name, who writes it or what it is, and what to do; the first match counts.
 _NAMES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
@@ -64,29 +65,25 @@ _NAMES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             "form, and merge the result.",
         ),
         (r"\.adapters?\..*\.adapter_(down|up)\.", *_ADAPTERHUB),
-        (
-            r"\.lora_embedding_[AB](\.|$)",
-            "PEFT, as a factor of an embedding",
-            "Adapters of embeddings are not read. If the head is tied to the embedding, untie it "
-            f"first, since folding changes both. {FOLD}",
-        ),
-        (r"lora_magnitude_vector|\.dora_scale$", "PEFT, as a magnitude of DoRA", FOLD),
+        (r"\.lora_embedding_[AB](\.|$)", "PEFT, as a factor of an embedding", _FOLDER),
+        (r"\.dora_scale$", "LyCORIS, as a magnitude of DoRA", FOLD),
+        (r"\.lora_magnitude_vector", "PEFT, as a magnitude of DoRA", _FOLDER),
         (r"\.vera_(lambda|[AB])", "PEFT, as a part of VeRA", FOLD),
         (r"\.ia3_l(\.|$)", "PEFT, as a factor of IA3", FOLD),
         (r"\.hada_[wt]", "PEFT or LyCORIS, as a factor of LoHa", FOLD),
         (r"\.lokr_[wt]", "PEFT or LyCORIS, as a factor of LoKr", FOLD),
         (r"\.b?oft_", "PEFT, as a rotation of OFT", FOLD),
         (r"\.lora_E(\.|$)|\.ranknum(\.|$)", "PEFT, as a part of AdaLoRA", FOLD),
-        (r"\.lora_[AB](\.[^.]+)?\.bias$", "PEFT, as a bias of a factor (lora_bias)", FOLD),
-        (r"trainable_tokens_delta", "PEFT, as rows of trained tokens", FOLD),
+        (r"\.lora_[AB](\.[^.]+)?\.bias$", "PEFT, as a bias of a factor (lora_bias)", _FOLDER),
+        (r"trainable_tokens_delta", "PEFT, as rows of trained tokens", _FOLDER),
         (
             r"\.(hra|fourierft|vblora|randlora|shira|c3a|road|bone|miss|waveft|delora|psoft)_",
             "PEFT, by a method other than LoRA",
             FOLD,
         ),
-        (r"prompt_embeddings|prompt_encoder|prefix_encoder", "PEFT, for its prompts", _NO_CHANGE),
+        (r"prompt_embeddings|prompt_encoder|prefix_encoder", "PEFT, for its prompts", NO_CHANGE),
         (
-            r"\.base_layer\.",
+            r"\.base_layer\.(?!(.+\.)?lora_)",
             "PEFT, as a weight of the base below an adapter",
             "The file is a whole PeftModel: save the adapter alone with "
             f"`model.save_pretrained`. Or: {FOLD[0].lower()}{FOLD[1:]}",
@@ -96,7 +93,7 @@ _NAMES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 _FACTOR = re.compile(r"(^|[._])(lora|hada|lokr|ia3|vera|lycoris)_|\.lora\.(down|up)\.")
 _COMPANION = re.compile(r"\.(alpha|dora_scale)$")
 _PEFT_MODEL = "base_model.model."
-_PROMPTS = (
+PROMPTS = (
     "PROMPT_TUNING",
     "P_TUNING",
     "PREFIX_TUNING",
@@ -178,19 +175,3 @@ def is_adapter_only(names: Collection[str]) -> bool:
     factors = [name for name in names if _FACTOR.search(name)]
     others = (name for name in names if not _FACTOR.search(name))
     return bool(factors) and all(_COMPANION.search(name) for name in others)
-
-
-def way_out(peft_type: str, settings: Iterable[str]) -> str:
-    """What to do with an adapter of PEFT that is not read.
-
-    Args:
-        peft_type: The method.
-        settings: Names of the settings that make it more than a product of two factors.
-    """
-    if peft_type in _PROMPTS:
-        return _NO_CHANGE
-    if "alora_invocation_tokens" in settings or "arrow_config" in settings:
-        return (
-            "What it adds depends on the input, so that it cannot be folded into weights or merged."
-        )
-    return FOLD

@@ -87,6 +87,7 @@ _UNSAID = {
     "into the recipe",
     "on_bad": "it looks for no bad entries",
     "on_config": "it compares no configs",
+    "on_base": "it reads no record of an adapter's base",
     "max_shard_size": "that is its --out-shard-size",
 }
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.lora import open_model
+from mergekit_bayes.lora import open_model, refuse_other_base
 from mergekit_bayes.mergekit.bodies import is_stacked
 from mergekit_bayes.mergekit.objects import Recipe, Tokenizer
 from mergekit_bayes.mergekit.roles import Part
@@ -34,7 +34,12 @@ class OpenedModels(NamedTuple):
 
 
 def open_models(
-    recipe: Recipe, parts: Sequence[Part], outputs: Mapping[str, str], stack: ExitStack
+    recipe: Recipe,
+    parts: Sequence[Part],
+    outputs: Mapping[str, str],
+    stack: ExitStack,
+    *,
+    on_other_base: bool,
 ) -> OpenedModels:
     """Open each model once.
 
@@ -43,6 +48,7 @@ def open_models(
         parts: Its parts.
         outputs: The outputs of earlier documents, by name.
         stack: Closes the models.
+        on_other_base: Whether an adapter may be applied to another base than it records.
 
     Raises:
         BmergeError: A model cannot be opened; the message names its key.
@@ -58,6 +64,8 @@ def open_models(
                 key = f"{source.place}.model" if source.place else "base_model"
                 raise type(error)(f"{recipe.label}: {key}: {error}") from None
             refuse_incomplete(by_name[name])
+            if not on_other_base:
+                refuse_other_base(by_name[name])
     base: Input | None = None
     of_name: dict[str, Input] = {}
     tasks: list[Input] = []

@@ -23,21 +23,19 @@ from mergekit_bayes.mergekit.stages import place_of
 from mergekit_bayes.mergekit.written import recipe_file
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan import MergeConfig, MergePlan
-from mergekit_bayes.plan.corrections import correct_config
-from mergekit_bayes.plan.heads import head_changes
+from mergekit_bayes.plan.beside import plan_beside
 from mergekit_bayes.plan.inputs import Inputs
 from mergekit_bayes.plan.lost_heads import refuse_lost_heads
-from mergekit_bayes.plan.model_configs import compare_configs
 from mergekit_bayes.plan.outputs import choose_target, split_shards
 from mergekit_bayes.plan.plan import note_narrowing
-from mergekit_bayes.plan.side_files import choose_side_files, refuse_links
+from mergekit_bayes.plan.side_files import refuse_links
 from mergekit_bayes.plan.unions import TokenPlan
-from mergekit_bayes.plan.united import side_files_of
 from mergekit_bayes.plan.whole_tensors import memory_in_words
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 # Flags that decide bytes and that a recipe has no word for; of dtypes, those of 8 bits.
-_FLAGS = ("on-missing", "on-bad", "on-config", "vocab", "side-files", "max-shard-size", "dtype")
+_RULES = ("on-missing", "on-bad", "on-config", "on-base")
+_FLAGS = (*_RULES, "vocab", "side-files", "max-shard-size", "dtype")
 _SHARD = "5GB"  # as transformers, where the layers are not those of one model
 
 
@@ -53,8 +51,8 @@ def plan_recipe(
     Args:
         recipe: What is merged.
         settings: Where the output goes, and the rules of every merge (`force`, `verify`,
-            `on_missing`, `on_config`, `on_bad`, `side_files`, `max_shard_size`). What the recipe
-            says itself is not read from them.
+            `on_missing`, `on_config`, `on_bad`, `on_base`, `side_files`, `max_shard_size`). What
+            the recipe says itself is not read from them.
         seed: Of a random method, in place of that of the recipe, `parameters.seed`, or 0.
         outputs: The outputs of earlier documents, by name.
 
@@ -67,7 +65,9 @@ def plan_recipe(
     method, parts = checked_parts(recipe, settings, seed)
     notes: list[str] = []
     with ExitStack() as stack:
-        models = open_models(recipe, parts, outputs or {}, stack)
+        models = open_models(
+            recipe, parts, outputs or {}, stack, on_other_base=settings.on_base == "apply"
+        )
         tokens, tokenizer = None, recipe.tokenizer
         if tokenizer is None and settings.vocab == "union":
             tokenizer = Tokenizer()
@@ -90,20 +90,12 @@ def plan_recipe(
         notes += _layers_in_words(parts)
         if (settled := resolver.in_words()) is not None:
             notes.append(settled)
-        compare_configs(config, inputs, steps, notes)
-        changes = correct_config(inputs, steps, notes) | head_changes(config, inputs, steps, notes)
-        changes |= sliced_config(recipe, models, inputs)
         why = "as the recipe's tokenizer says" if tokens is not None else None
         why = "as --side-files says" if settings.side_files is not None else why
-        side_files = choose_side_files(config, inputs, steps, target, notes, why=why)
-        made: dict[str, str | None] = {}
-        if tokens is not None:
-            side_files, made = side_files_of(side_files, tokens, notes)
-            changes |= tokens.config_changes
-        made = files_of_template(recipe, list(models.by_name.values()), side_files, made, notes)
-        if side_files is not None:
-            copied = side_files.gathered.files.values()
-            documents |= stamps_of(file for file in copied if file not in documents)
+        sliced = sliced_config(recipe, models, inputs)
+        beside = plan_beside(config, inputs, steps, target, tokens, notes, further=sliced, why=why)
+        opened = list(models.by_name.values())
+        made = files_of_template(recipe, opened, beside.side_files, beside.made, notes)
         if (memory := memory_in_words(method, steps)) is not None:
             notes.append(memory)
         if config.dtype is None:  # else the narrowing was asked for
@@ -122,10 +114,10 @@ def plan_recipe(
             notes=tuple(notes),
             target=target,
             info=None,
-            config_changes=changes | matched.ties.config_changes,
+            config_changes=beside.config_changes | matched.ties.config_changes,
             drawing_identities={model: model.posterior.identity for model in inputs},
-            side_files=side_files,
-            documents=documents,
+            side_files=beside.side_files,
+            documents=beside.copied | documents,
             made_files=made,
             recipe=_resolved_text(recipe, method, models, tokens, outputs or {}, settings, seed),
             does=_in_words(recipe, parts),

@@ -4,6 +4,22 @@ Each is elementwise, so a slice of a merge is the merge of slices: this permits 
 """
 
 from mergekit_bayes.methods.base import Method, Parameter
-from mergekit_bayes.methods.table import METHODS, TABLE, choose, settings_of
+from mergekit_bayes.methods.table import (
+    METHODS,
+    TABLE,
+    check_fit,
+    choose,
+    method_named,
+    settings_of,
+)
 
-__all__ = ["METHODS", "TABLE", "Method", "Parameter", "choose", "settings_of"]
+__all__ = [
+    "METHODS",
+    "TABLE",
+    "Method",
+    "Parameter",
+    "check_fit",
+    "choose",
+    "method_named",
+    "settings_of",
+]

@@ -84,6 +84,7 @@ ARCEE_FUSION = Method(
     formula="m = m_1 where |m_1 - m0| KL(row of m_1, row of m0) stands out, else m0",
     tasks=1,
     takes_scales=False,
+    reads_weights=True,
     tensor=TensorRule(
         arcee_fusion,
         "rows",

@@ -12,4 +12,5 @@ AVERAGE = Method(
     example="bmerge merge A B",
     formula="m = sum_t scale_t m_t / sum_t scale_t",
     is_posterior=True,
+    turns=True,
 )

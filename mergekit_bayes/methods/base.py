@@ -138,6 +138,11 @@ class Method(NamedTuple):
         takes_base: Whether it takes a base that it does not need.
         fewest: The least number of tasks that it takes.
         takes_scales: Whether scales say how far each task goes in; otherwise all are 1.
+        reads_weights: Whether it needs the weights themselves. Otherwise, with a base where it
+            takes one, what each task changed is enough: moving all models, and the base, by one
+            tensor moves the merge by it.
+        turns: Whether it commutes with orthogonal maps of outputs and inputs by what it declares
+            here; of a rule that reads `products` it is known.
     """
 
     name: str
@@ -162,6 +167,8 @@ class Method(NamedTuple):
     takes_base: bool = False
     takes_scales: bool = True
     fewest: int = 1
+    reads_weights: bool = False
+    turns: bool = False
 
     @property
     def code(self) -> str:
@@ -179,6 +186,25 @@ class Method(NamedTuple):
             with suppress(OSError), open(file, "rb") as source:  # in a zip, or removed since
                 digest.update(hashlib.file_digest(source, "sha256").digest())
         return digest.hexdigest()
+
+    @property
+    def merges_changes(self) -> bool:
+        """Whether it needs no more of models than what each changed of their base."""
+        return not (self.needs_precision or self.reads_weights)
+
+    def is_equivariant(self, settings: Settings) -> bool:
+        """Whether it commutes with orthogonal maps of a matrix's outputs and inputs.
+
+            merge(P m_1 Q, ..., P m_T Q) = P merge(m_1, ..., m_T) Q    for orthogonal P and Q
+
+        Of a whole matrix, that is; a rule for matrices by its `matrix`.
+
+        Args:
+            settings: The method's.
+        """
+        if self.tensor is not None:
+            return self.tensor.needs(settings) == "products"
+        return self.turns
 
     @property
     def writes_posterior(self) -> bool:

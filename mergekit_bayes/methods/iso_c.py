@@ -39,4 +39,5 @@ ISO_C = Method(
     formula="m = m0 + mean(s) U V,  U diag(s) V = sum_t scale_t (m_t - m0)",
     matrix=iso_c,
     needs_matrices=True,
+    turns=True,
 )

@@ -92,5 +92,6 @@ KARCHER = Method(
         Parameter("max_iter", 10, "the most steps that are made", 0, 1_000_000),
         Parameter("tol", 1e-5, "the step at which no further one is made, in radians", 0),
     ),
+    reads_weights=True,
     tensor=TensorRule(karcher, "products"),
 )

@@ -74,4 +74,6 @@ SLERP = Method(
     facts=_arc,
     tasks=2,
     takes_scales=False,
+    reads_weights=True,
+    turns=True,
 )

@@ -1,7 +1,7 @@
 """The table of merging rules, how one is chosen, and how its settings are checked."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mergekit_bayes.errors import ConfigError, nearest
 from mergekit_bayes.methods.ace import ACE
@@ -59,6 +59,8 @@ _BY_NAME = (
     NEARSWAP,
 )
 METHODS = {m.name: m for m in (*TABLE, *_BY_NAME)}
+# What other tools and papers call the sum or the average of models with equal weights.
+_OF_OTHER_TOOLS = ("linear", "mean", "model_soup", "soup", "uniform", "weighted_average")
 
 
 def choose(*, with_base: bool, by_precision: bool) -> Method:
@@ -72,6 +74,53 @@ def choose(*, with_base: bool, by_precision: bool) -> Method:
         if method.needs_base == with_base and method.needs_precision == by_precision:
             return method
     raise AssertionError("the table has a method for each of the four answers")
+
+
+def method_named(name: str, *, with_base: bool) -> Method:
+    """The method of a name.
+
+    Args:
+        name: As the user wrote it.
+        with_base: Whether there is a base, which decides what is proposed for another tool's name.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name in _OF_OTHER_TOOLS:
+        near: str | None = choose(with_base=with_base, by_precision=False).name
+    else:
+        near = nearest(name, METHODS)
+    hint = f" Did you mean '{near}'?" if near else ""
+    raise ConfigError(f"--method {name}: no such method.{hint} `bmerge methods` lists them.")
+
+
+def check_fit(
+    method: Method, count: int, scales: Sequence[float | str], what: str = "model"
+) -> None:
+    """Refuse a number of models that a method does not take, and scales if it takes none.
+
+    Args:
+        method: The method.
+        count: How many models are merged, without a base.
+        scales: Their scales, as given.
+        what: What messages call one of them.
+
+    Raises:
+        ConfigError: There are too few or too many, or a scale other than 1.
+    """
+    if method.tasks is not None and count != method.tasks:
+        models = f"1 {what}" if method.tasks == 1 else f"{method.tasks} {what}s"
+        raise ConfigError(f"--method {method.name} merges {models}, not {count}.")
+    if count < method.fewest:
+        raise ConfigError(
+            f"--method {method.name} merges at least {method.fewest} {what}s, not {count}."
+        )
+    if not method.takes_scales and any(s != 1.0 for s in scales):
+        raise ConfigError(
+            f"--method {method.name} takes no --scale; its settings are --param (`bmerge methods`)."
+        )
 
 
 def settings_of(method: Method, given: Mapping[str, float | str]) -> dict[str, float | str]:

@@ -32,4 +32,5 @@ TASK_ARITHMETIC = Method(
     formula="m = m0 + sum_t scale_t (m_t - m0)",
     is_posterior=True,
     can_be_undone=True,
+    turns=True,
 )

@@ -47,4 +47,5 @@ TSV_M = Method(
     formula="m = m0 + O(U) diag(s) O(V), of the largest singular values of scale_t (m_t - m0)",
     matrix=tsv_m,
     needs_matrices=True,
+    turns=True,
 )

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call, embedding_rows, longest_text, token_ids
 from mergekit_bayes.models.devices import SPREAD, choose_device
 from mergekit_bayes.models.limits import ADAPTER_CONFIG
 from mergekit_bayes.models.pretrained import (
+    base_of,
     load_adapter,
     load_adapter_config,
     load_config,
@@ -28,7 +29,7 @@ from mergekit_bayes.models.pretrained import (
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -222,12 +223,6 @@ def is_classifier(ref: str, *, trust_remote_code: bool = False) -> bool:
     return _has_classification_head(load_config(path, trust_remote_code=trust_remote_code))
 
 
-def base_of(config: "PeftConfig") -> str:
-    """The path or Hub id of an adapter's base."""
-    name = str(config.base_model_name_or_path)
-    return f"{name}@{config.revision}" if config.revision and is_hub_id(name) else name
-
-
 def other_head(loaded: Loaded) -> str | None:
     """The outputs and the problem of a classifier that does not choose one label of two or more.
 
@@ -316,7 +311,7 @@ def _load_adapter(
     if task == "auto":
         task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
     base = load_model(
-        base_of(config),
+        base_of(path, config),
         task,
         num_labels=num_labels,
         dtype=dtype,

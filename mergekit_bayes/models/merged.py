@@ -7,8 +7,8 @@ from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.libraries import call
 from mergekit_bayes.models.limits import ADAPTER_CONFIG, CONFIG
-from mergekit_bayes.models.load import Loaded, base_of
-from mergekit_bayes.models.pretrained import load_adapter_config
+from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.pretrained import base_of, load_adapter_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ def refuse_fixed(ref: str) -> None:
         adapter = load_adapter_config(path)
         if adapter.is_prompt_learning:
             raise _no_weights(ref)
-        path = resolve(base_of(adapter), CHECKPOINT)
+        path = resolve(base_of(path, adapter), CHECKPOINT)
     if (path / CONFIG).exists() and "quantization_config" in read_mapping(path / CONFIG):
         raise _quantised(ref)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit_bayes.checkpoint.adapter_patterns import check_adapter_patterns
+from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.documents import read_mapping
-from mergekit_bayes.errors import CheckpointError, shown
+from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call, call_tokenizers
 from mergekit_bayes.models.limits import (
     ADAPTER_CONFIG,
@@ -150,6 +151,25 @@ def load_adapter_config(path: Path) -> "PeftConfig":
         f"its {ADAPTER_CONFIG} cannot be read",
         lambda: PeftConfig.from_pretrained(str(path), local_files_only=True),
     )
+
+
+def base_of(path: Path, config: "PeftConfig") -> str:
+    """The path or Hub id of the base of an adapter.
+
+    Args:
+        path: The adapter's folder, for messages.
+        config: Its config.
+
+    Raises:
+        ConfigError: The config names none.
+    """
+    name = config.base_model_name_or_path
+    if not name:
+        raise ConfigError(
+            f"{path / ADAPTER_CONFIG}: base_model_name_or_path is {shown(name)}, and what the "
+            "adapter is to be put on must be known. Write the path or Hub id of its base there."
+        )
+    return f"{name}@{config.revision}" if config.revision and is_hub_id(name) else str(name)
 
 
 def load_adapter(base: "PreTrainedModel", path: Path, config: "PeftConfig") -> "PeftModel":

@@ -7,8 +7,8 @@ from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call
 from mergekit_bayes.models.limits import ADAPTER_CONFIG, CONFIG, bounded_build, stored_in
-from mergekit_bayes.models.load import Task, base_of
-from mergekit_bayes.models.pretrained import load_adapter_config, load_config
+from mergekit_bayes.models.load import Task
+from mergekit_bayes.models.pretrained import base_of, load_adapter_config, load_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -114,7 +114,7 @@ def _adapted(path: Path, task: Task, trust_remote_code: bool) -> Skeleton:
 
     adapter = load_adapter_config(path)
     task = "classification" if adapter.task_type == "SEQ_CLS" else "causal-lm"
-    base = resolve(base_of(adapter), CHECKPOINT)
+    base = resolve(base_of(path, adapter), CHECKPOINT)
     config = load_config(base, trust_remote_code=trust_remote_code)
     if task == "classification" and (path / CONFIG).exists():
         labels = load_config(path, trust_remote_code=trust_remote_code)

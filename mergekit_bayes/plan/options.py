@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.errors import ConfigError, nearest, shown
-from mergekit_bayes.methods import METHODS, choose, settings_of
+from mergekit_bayes.errors import ConfigError, shown
+from mergekit_bayes.methods import check_fit, choose, method_named, settings_of
 from mergekit_bayes.methods.base import FactInputs, Method
 from mergekit_bayes.patterns import MOST_CHARACTERS, PatternError, compile_pattern
 from mergekit_bayes.plan.settings import BY_MODEL, MergeConfig
@@ -22,8 +22,6 @@ _PRECISION_ONLY = (
     "counts",
     "guard",
 )
-# What other tools and papers call the sum or the average of models with equal weights.
-_OF_OTHER_TOOLS = ("linear", "mean", "model_soup", "soup", "uniform", "weighted_average")
 # The arithmetic of a merge is float32: its smallest number of full accuracy, and its largest.
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 # As the length of the longest name of a tensor: patterns are refused that take long with any name;
@@ -69,7 +67,10 @@ def parse_scales(config: MergeConfig) -> tuple[tuple[float, ...], tuple[ScaleRul
     """
     count = len(config.models)
     if count == 0 or (count == 1 and config.base is None):
-        raise ConfigError("a merge needs two models, or one and a --base.")
+        raise ConfigError(
+            "a merge needs two models, one and a --base, or BASE+ADAPTER and a method that "
+            "takes a base."
+        )
     scales = tuple(s for s in config.scale if not isinstance(s, str)) or (1.0,)
     texts = [s for s in config.scale if isinstance(s, str)]
     if (length := sum(map(len, texts))) > MOST_CHARACTERS:
@@ -98,7 +99,7 @@ def choose_method(config: MergeConfig) -> tuple[Method, dict[str, float | str]]:
             with_base=config.base is not None, by_precision=config.weights == "precision"
         )
     else:
-        method = _method_by_name(config)
+        method = method_named(config.method or "", with_base=config.base is not None)
         _check_method(config, method)
     settings = settings_of(method, config.param)
     if method.facts is not None and method.reduction is None:  # which may refuse the settings
@@ -206,18 +207,6 @@ def _parse_rule(text: str, models: tuple[str, ...]) -> ScaleRule:
         raise ConfigError(f"--scale '{text}': '{number}' is not a number.") from None
 
 
-def _method_by_name(config: MergeConfig) -> Method:
-    name = config.method or ""
-    if name in METHODS:
-        return METHODS[name]
-    if name in _OF_OTHER_TOOLS:
-        near: str | None = choose(with_base=config.base is not None, by_precision=False).name
-    else:
-        near = nearest(name, METHODS)
-    hint = f" Did you mean '{near}'?" if near else ""
-    raise ConfigError(f"--method {name}: no such method.{hint} `bmerge methods` lists them.")
-
-
 def _check_method(config: MergeConfig, method: Method) -> None:
     """Refuse a method that does not fit the rest of the options."""
     if config.weights == "precision" and not method.needs_precision:
@@ -233,18 +222,7 @@ def _check_method(config: MergeConfig, method: Method) -> None:
         raise ConfigError(
             f"--method {method.name} takes no base. Drop --base, or name it among the models."
         )
-    if method.tasks is not None and len(config.models) != method.tasks:
-        models = "1 model" if method.tasks == 1 else f"{method.tasks} models"
-        raise ConfigError(f"--method {method.name} merges {models}, not {len(config.models)}.")
-    if len(config.models) < method.fewest:
-        raise ConfigError(
-            f"--method {method.name} merges at least {method.fewest} models, not "
-            f"{len(config.models)}."
-        )
-    if not method.takes_scales and any(s != 1.0 for s in config.scale):
-        raise ConfigError(
-            f"--method {method.name} takes no --scale; its settings are --param (`bmerge methods`)."
-        )
+    check_fit(method, len(config.models), config.scale)
 
 
 def _check_without_base(

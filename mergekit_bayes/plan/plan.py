@@ -13,18 +13,16 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.checkpoint.stamps import Stamp, documents_in, refuse_changed, stamps_of
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.lora import is_adapter, open_model
+from mergekit_bayes.lora import is_adapter, open_model, refuse_other_base
 from mergekit_bayes.lora.writers import refuse_factors
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.plan.corrections import correct_config
+from mergekit_bayes.plan.beside import plan_beside
 from mergekit_bayes.plan.guard import choose_guard
-from mergekit_bayes.plan.heads import head_changes
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.lost_heads import refuse_lost_heads
 from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.merged_info import merged_info
 from mergekit_bayes.plan.mixtures import refuse_matrices_of, with_components
-from mergekit_bayes.plan.model_configs import compare_configs
 from mergekit_bayes.plan.options import (
     Shrink,
     check_options,
@@ -33,13 +31,14 @@ from mergekit_bayes.plan.options import (
     parse_shrink,
 )
 from mergekit_bayes.plan.outputs import choose_target, split_shards
+from mergekit_bayes.plan.own_base import on_own_base
 from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files, refuse_links
+from mergekit_bayes.plan.side_files import SideFileChoice, refuse_links
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.summary import matrices_in_words, summarise
 from mergekit_bayes.plan.trajectory import along_trajectory
-from mergekit_bayes.plan.united import side_files_of, unite
+from mergekit_bayes.plan.united import unite
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.plan.whole_tensors import memory_in_words, with_settings
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
@@ -165,7 +164,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         PrecisionError: A precision that is missing or belongs to other weights.
     """
     notes: list[str] = []
-    config = along_trajectory(config, notes)
+    config = along_trajectory(on_own_base(config), notes)
     scales, rules = parse_scales(config)
     method, settings = choose_method(config)
     check_options(config, method, scales, rules)
@@ -191,17 +190,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         matched = match_tensors(config, method, inputs, rules, notes)
         refuse_matrices_of(matched.steps)
         matched.steps[:] = with_settings(method, settings, matched.steps)
-        compare_configs(config, inputs, matched.steps, notes)
-        config_changes = correct_config(inputs, matched.steps, notes)
-        config_changes |= head_changes(config, inputs, matched.steps, notes)
-        side_files = choose_side_files(config, inputs, matched.steps, target, notes)
-        made: dict[str, str | None] = {}
-        if united is not None:
-            side_files, made = side_files_of(side_files, united.tokens, notes)
-            config_changes |= united.tokens.config_changes
-        if side_files is not None:
-            copied = side_files.gathered.files.values()
-            documents |= stamps_of(file for file in copied if file not in documents)
+        tokens = None if united is None else united.tokens
+        beside = plan_beside(config, inputs, matched.steps, target, tokens, notes)
         if (matrices := matrices_in_words(matched.steps)) is not None:
             notes.append(matrices)
         if (whole := memory_in_words(method, matched.steps)) is not None:
@@ -227,15 +217,15 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             notes=tuple(notes),
             target=target,
             info=info,
-            config_changes=config_changes | matched.ties.config_changes,
+            config_changes=beside.config_changes | matched.ties.config_changes,
             drawing_identities=(
                 {model: matched.ties.drawing_identity(model) for model in inputs}
                 if method.random
                 else {}
             ),
-            side_files=side_files,
-            documents=documents,
-            made_files=made,
+            side_files=beside.side_files,
+            documents=beside.copied | documents,
+            made_files=beside.made,
         )
         plan.refuse_changed()
         stack.pop_all()  # the plan closes them
@@ -256,6 +246,8 @@ def _open_inputs(
     inputs = Inputs(base, tuple(tasks))
     for model in inputs:
         refuse_incomplete(model.posterior)
+        if config.on_base == "error":
+            refuse_other_base(model.posterior)
     return inputs
 
 

@@ -91,6 +91,11 @@ class MergeConfig(Config):
         "position embedding): error, or base (take the base's, else the first model's, as true of "
         "all).",
     )
+    on_base: Literal["error", "apply"] = Field(
+        "error",
+        description="An adapter that records a base of other weights than the one before its +: "
+        "error, or apply (to the one that is named).",
+    )
     side_files: str | None = Field(
         None,
         description="MODEL: take tokenizer, chat template, generation config and the like from "
@@ -146,15 +151,16 @@ class MergeConfig(Config):
         description="tensor or row: replace each precision by the mean of its tensor or row, as a "
         "control of what single entries contribute.",
     )
-    space: Literal["product", "concat", "factor"] = Field(
+    space: Literal["product", "concat", "factor", "core"] = Field(
         "product",
         description="Adapters only: product (merge the products of the factors), concat (their "
-        "exact sum) or factor (merge factor by factor).",
+        "exact sum), factor (merge factor by factor) or core (merge the products by --method, in "
+        "the small space of their common directions; the default with --method).",
     )
     rank: int | None = Field(
         None,
-        description="Adapters only: rank of the merged adapter in product space; by default the "
-        "largest of theirs.",
+        description="Adapters only: rank of the merged adapter in product or core space; by "
+        "default the largest of theirs.",
     )
     identities: dict[str, str] = Field(
         {}, description="Recipes only: the content hash that each model must have."

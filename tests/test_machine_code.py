@@ -1,0 +1,139 @@
+"""Compiled passes are kept as machine code that another process runs without numba."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mergekit_bayes.code_cache import code_folder, is_trusted
+from mergekit_bayes.kernels import launch, machine_code
+from tests import tiny
+from tests.test_kernels import case, run
+
+pytest.importorskip("numba", reason="the compiled pass needs numba")
+ROOT = Path(__file__).parent.parent
+MERGE = """
+import sys
+from pathlib import Path
+from mergekit_bayes.merge import MergeConfig, run_merge
+config = MergeConfig(models=("a.safetensors", "b.safetensors"), base="base.safetensors",
+                     scale=(1.0, -0.5), out=sys.argv[1], force=True)
+run_merge(config, fused=True)
+print("numba" in sys.modules)
+"""
+
+
+def merged(folder, out, cache):
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE, out],
+        cwd=folder,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1] == "True", Path(folder, out).read_bytes()
+
+
+def test_a_second_process_merges_without_numba_and_to_the_same_bytes(tmp_path):
+    for i, name in enumerate(("base", "a", "b")):
+        tiny.write(tmp_path / f"{name}.safetensors", tiny.arrays(i))
+    cache = tmp_path / "cache"
+    uses_numba, first = merged(tmp_path, "one.safetensors", cache)
+    assert uses_numba
+    kept = sorted((cache / "bmerge").glob("*.code"))
+    assert kept
+    uses_numba, second = merged(tmp_path, "two.safetensors", cache)
+    assert not uses_numba
+    assert second == first
+    # Code whose bytes changed is not run, but made again.
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])
+    assert merged(tmp_path, "three.safetensors", cache) == (True, first)
+
+
+def test_a_layout_tells_every_difference_that_code_may_depend_on():
+    f32, wide = np.zeros(3, np.float32), np.zeros((2, 4), np.float32)
+    arguments = [
+        (f32,),
+        (f32.astype(np.float64),),
+        (f32.view(np.uint32),),
+        (wide,),
+        (f32, f32),
+        ((f32, f32),),
+        ((f32,), f32),
+        (np.float32(1),),
+        (1.0,),
+        (1,),
+        (np.uint64(1),),
+        ((1, 2), 3),
+        ((1,), (2, 3)),
+    ]
+    layouts = [machine_code.flatten(a)[0] for a in arguments]
+    assert len(set(layouts)) == len(layouts)
+    assert machine_code.flatten((np.ones(3, np.float32),))[0] == layouts[0]
+    for odd in (wide[:, ::2], wide[:, :2].T, "text", None, True, np.float16(1)):
+        with pytest.raises(TypeError):
+            machine_code.flatten((odd,))
+    locked = np.zeros(3)
+    locked.flags.writeable = False
+    with pytest.raises(TypeError):
+        machine_code.flatten((locked,))
+
+
+def test_a_rule_that_was_made_at_run_time_is_not_kept(monkeypatch):
+    kind, _, _ = case("task_arithmetic")
+    assert launch._name_of("pass", kind, type(None)) is not None
+    factor = np.float32(2)
+
+    def twice(base, tasks, scales, facts):
+        return kind.method.combine(base, tasks, (factor * scales[0], *scales[1:]), facts)
+
+    made = kind._replace(method=kind.method._replace(combine=twice))
+    assert launch._name_of("pass", made, type(None)) is None
+
+
+def test_other_sources_numbers_of_models_and_kinds_have_other_names():
+    names = [
+        launch._name_of("pass", kind, type(None))
+        for kind in (
+            case("task_arithmetic")[0],
+            case("task_arithmetic")[0]._replace(has_base=False),
+            case("average")[0],
+            case("gradient_matching")[0],
+            case("gradient_matching", removes=True)[0],
+        )
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_arguments_that_no_code_is_kept_for_are_left_to_numba():
+    """Views of a larger array are not contiguous: numba compiles them in their own way."""
+    kind, chunk, numbers = case("task_arithmetic")
+    expected = run(kind, chunk, numbers, fused=True)[0]
+    wide = np.repeat(chunk.means, 2, axis=1)
+    found = run(kind, chunk._replace(means=wide[:, ::2]), numbers, fused=True)[0]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_code_is_kept_beside_its_source_or_in_a_folder_of_this_account(tmp_path, monkeypatch):
+    source = tmp_path / "package" / "module.py"
+    source.parent.mkdir()
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    assert code_folder(source) == source.parent / "__pycache__"
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "named"))
+    assert code_folder(source) == tmp_path / "named" / "bmerge"
+    for folder, mode in ((tmp_path / "open", 0o777), (tmp_path / "named" / "bmerge", 0o777)):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(mode)
+        monkeypatch.setenv(
+            "NUMBA_CACHE_DIR", str(folder if folder.name == "open" else folder.parent)
+        )
+        is_trusted.cache_clear()
+        assert code_folder(source) is None  # others could put code there
+    is_trusted.cache_clear()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
+    assert code_folder(source) is None
