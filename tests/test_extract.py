@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.extract import ExtractConfig, run_extract
 from mergekit_bayes.hub import make_card
 from mergekit_bayes.lora import open_model
+from mergekit_bayes.lora.opening import refuse_other_base
 from mergekit_bayes.merge import MergeConfig, run_merge
 from tests import pushing, tiny
 from tests.tiny_models import WORDS, give_posterior, tiny_bert, tiny_gpt2
@@ -171,6 +173,10 @@ def test_embeddings_and_heads_by_flag(worlds, tmp_path, kind):
                 values.copy_(before[name])
     torch.testing.assert_close(logits(model), logits(expected), atol=1e-3, rtol=1e-3)
     assert is_base(model.unload(), before)
+    tuned = stored(root / "all")
+    for name, values in folded(root, tmp_path / "out").items():
+        if values.ndim == 2:
+            np.testing.assert_allclose(values, tuned[name], atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
@@ -190,6 +196,9 @@ def test_the_rest_by_flag_makes_the_tuned_model(worlds, tmp_path, kind):
     model, before = loaded(root, kind, out)
     expected = logits(load(tmp_path / "t", kind))
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    tuned = stored(tmp_path / "t")
+    for name, values in folded(root, out).items():
+        np.testing.assert_allclose(values, tuned[name], atol=2e-5)
     assert any("delete_adapter" in note for note in report.notes)
     model.delete_adapter("default")
     assert is_base(model.unload(), before)
@@ -308,6 +317,15 @@ def test_names_that_lack_the_prefix_of_the_model_get_it(worlds, tmp_path):
         model=str(root / "tuned"), base=str(tmp_path / "base"), out=str(tmp_path / "other")
     )
     assert run_extract(other).layers.keys() == report.layers.keys()
+
+
+def test_an_adapter_knows_its_base(worlds, tmp_path):
+    root, out = worlds("gpt2"), tmp_path / "out"
+    extract(root, "tuned", out)
+    with open_model(f"{root / 'base'}+{out}") as model:
+        refuse_other_base(model)
+    with open_model(f"{root / 'all'}+{out}") as other, pytest.raises(MismatchError, match="base"):
+        refuse_other_base(other)
 
 
 def test_a_model_with_an_adapter_is_extracted_as_one(worlds, tmp_path):

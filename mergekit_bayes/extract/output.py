@@ -16,7 +16,7 @@ from mergekit_bayes.extract.approximate import Approximation
 from mergekit_bayes.extract.changes import Models
 from mergekit_bayes.extract.modules import Kind, Place
 from mergekit_bayes.extract.settings import Dtype
-from mergekit_bayes.lora.config import CONFIG, PREFIX, WEIGHTS
+from mergekit_bayes.lora.config import BASE, CONFIG, PREFIX, WEIGHTS
 
 _CHUNK = 1 << 20  # entries that are copied at a time
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")  # tasks whose labels are named in the model's config alone
@@ -105,7 +105,7 @@ class Extra(NamedTuple):
 
 
 def write_tensors(models: Models, spool: Spool, extra: Extra, folder: Path) -> int:
-    """Write `adapter_model.safetensors`.
+    """Write `adapter_model.safetensors`, with the content hash of the base.
 
     Returns:
         How many numbers it holds.
@@ -120,7 +120,12 @@ def write_tensors(models: Models, spool: Spool, extra: Extra, folder: Path) -> i
     specs |= {disk: tuned.specs[models.pairing.tuned[name]] for disk, name in copied.items()}
     biases = _biases(models, spool, extra)
     specs |= {disk: TensorSpec("F32", values.shape) for disk, values in biases.items()}
-    with SafetensorsSink(folder / WEIGHTS, specs, {"format": "pt"}) as sink:
+    metadata = {"format": "pt"}
+    if (
+        not models.base.parts
+    ):  # of a base with an adapter PEFT loads the fold, which is another file
+        metadata[BASE] = models.base.identity
+    with SafetensorsSink(folder / WEIGHTS, specs, metadata) as sink:
         spool.copy(sink)
         for disk, values in biases.items():
             sink.write_bytes(disk, 0, encode(values, "F32"))
