@@ -106,6 +106,21 @@ def test_entries_that_are_not_finite_are_named(pair, which, number):
         extract(root)
 
 
+def test_a_change_that_no_float32_holds_is_named(pair):
+    root, base, tuned = pair
+    shutil.rmtree(root / "base")
+    model(root / "base", base, "F64")
+    far = tuned | {UP: np.full(SHAPES[UP], 1e39)}
+    shutil.rmtree(root / "tuned")
+    model(root / "tuned", far, "F64")
+    with pytest.raises(CheckpointError, match=r"up_proj.*more than float32 holds"):
+        extract(root)
+    shutil.rmtree(root / "tuned")
+    model(root / "tuned", tuned | {UP: np.full(SHAPES[UP], 1e12, np.float32)})
+    with pytest.raises(CheckpointError, match=r"up_proj.*beyond F16\. Use --dtype F32"):
+        extract(root, dtype="F16")
+
+
 def test_quantised_models_are_refused(pair):
     root, base, _ = pair
     scale = {UP.replace("weight", "weight_scale_inv"): np.ones(1, np.float32)}

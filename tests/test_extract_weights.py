@@ -21,8 +21,9 @@ def limits(rank=None, tolerance=None, sweeps=8, dtype="F32"):
     return Limits(rank, tolerance, sweeps, dtype)
 
 
-def solve(change, weighting, rank=None, **more):
-    return approximate(change.astype(np.float32), weighting, limits(rank, **more), weight_norm=1.0)
+def solve(change, weighting, rank=None, weight_norm=1.0, **more):
+    change, allowed = change.astype(np.float32), limits(rank, **more)
+    return approximate(change, weighting, allowed, weight_norm=weight_norm)
 
 
 def positive(seed, n):
@@ -179,6 +180,26 @@ def test_factors_are_measured_as_they_are_stored(dtype):
     assert 0 < found.lost_norm < 3 * step * found.norm
     bits = found.left.view(np.uint32)
     assert not (bits & (0xFFFF if dtype == "BF16" else 0x1FFF)).any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("of", ["change", "precision"])
+@pytest.mark.parametrize("is_large", [False, True])
+def test_no_scale_overflows_or_vanishes(monkeypatch, scale, of, is_large):
+    """The factors scale with the change, and do not depend on the scale of the precision."""
+    if is_large:
+        monkeypatch.setattr("mergekit_bayes.lora.truncate._DENSE", 2)
+    precision, rng = correlated(2, (60, 50)), np.random.default_rng(2)
+    change = rng.normal(size=precision.shape)
+    plain = solve(change, by_entry(precision), 2)
+    by_change = scale if of == "change" else 1.0
+    by_precision = np.float32(scale if of == "precision" else 1.0)
+    weighting = by_entry(precision * by_precision)
+    found = solve(by_change * change, weighting, 2, weight_norm=by_change)
+    product = (found.left.astype(np.float64) / by_change) @ found.right
+    np.testing.assert_allclose(product, plain.left @ plain.right, atol=0.02)
+    share = found.lost / found.change
+    assert share == pytest.approx(plain.lost / plain.change, rel=1e-3)
 
 
 def test_a_change_beyond_the_format_is_refused():

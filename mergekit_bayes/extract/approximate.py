@@ -1,5 +1,6 @@
 """The low-rank approximation of the change of one weight, with its rank and what it loses."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -118,10 +119,14 @@ class _Spectrum:
         whole = 2 * half_square(moved)
         p, q = change.shape
         edge = _UNIT * ratio * np.sqrt(whole / (p * q)) * (np.sqrt(p) + np.sqrt(q))
+        # Products in float32 shall neither overflow nor vanish; a power of two rounds nothing.
+        size = 2.0 ** round(math.log2(whole) / 2) if whole else 1.0
+        moved = moved / moved.dtype.type(size)
         wanted = min(limits.rank or min(p, q), min(p, q))
         looked_at = wanted if limits.tolerance is None else min(wanted, _FIRST)
         while True:
-            self._u, self._sigma, self._v = leading_directions(moved, looked_at, seed)
+            self._u, sigma, self._v = leading_directions(moved, looked_at, seed)
+            self._sigma = size * sigma
             found = min(wanted, int(np.sum(self._sigma > edge)))
             kept = np.cumsum(np.square(self._sigma[:looked_at]))
             self.tail = np.concatenate([[1.0], 1 - kept / whole]) if whole else np.zeros(1)

@@ -108,7 +108,13 @@ def read_change(
     """
     place = models.modules.places[name]
     tuned, base = models.values(name)
-    change = (tuned - base).astype(np.float32).reshape(flat_shape(tuned.shape))
+    with np.errstate(over="ignore"):
+        change = (tuned - base).astype(np.float32).reshape(flat_shape(tuned.shape))
+    if not np.isfinite(change).all():
+        raise CheckpointError(
+            f"'{name}' differs by more than float32 holds between '{models.tuned.ref}' and "
+            f"'{models.base.ref}'. Are they of one model, and did training diverge?"
+        )
     if not change.any():
         return Change(place)
     why = _without_factors(models, name, place.kind, embeddings=embeddings)
@@ -117,7 +123,10 @@ def read_change(
     by = weighting or uniform((change.shape[0], change.shape[1]))
     if why is None:
         norm = float(np.sqrt(2 * half_square(tuned)))
-        found = approximate(change, by, limits, weight_norm=norm, seed=seed)
+        try:
+            found = approximate(change, by, limits, weight_norm=norm, seed=seed)
+        except CheckpointError as error:
+            raise CheckpointError(f"'{name}' of '{models.tuned.ref}': {error}") from None
         if found.rank:
             layer = ExtractedLayer(
                 kind=place.kind.value,

@@ -105,8 +105,10 @@ class Precisions:
         values = read_tensor(source, precision.name)
         if precision.form is Form.ENTRY:
             self._check(name, [values])
-            values = values.reshape(p, q).astype(np.float32)
-            return by_entry(values * np.float32(self._gain)) if values.any() else None
+            with np.errstate(over="ignore"):
+                values = values.reshape(p, q).astype(np.float32) * np.float32(self._gain)
+            self._check(name, [values])  # beyond float32 once they are counted
+            return by_entry(values) if values.any() else None
         if len(shape) != 2:
             return None  # a matrix for each expert
         return self._directions(precision, values.reshape(-1), name, p, q)

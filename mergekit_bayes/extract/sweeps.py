@@ -19,6 +19,7 @@ from mergekit_bayes.extract.weighting import entry_loss
 
 _GAIN = 1e-3  # relative decrease of the loss below which sweeping ends
 _RIDGE = 1e-7  # of the mean diagonal, so that rows without a precision have a solution
+_LEAST = 1e-15  # of a mean precision times a change, with which float32 sums are safe
 _NUMBERS = 1 << 22  # of a block of systems, or of products of factors
 
 
@@ -52,11 +53,16 @@ def sweep(change: Array, precision: Array, left: Array, right: Array, most: int)
         An approximation whose loss is not above that of the given one.
     """
     best = Swept(left, right, entry_loss(precision, change - left @ right), 0)
+    mean = float(precision.mean(dtype=np.float64))
+    size = float(np.abs(change).max(initial=0.0)) or 1.0
+    weights = precision
+    if not _LEAST < mean * size < 1 / _LEAST:  # sums in float32 shall not overflow or vanish
+        weights = precision / precision.dtype.type(mean)
     for number in range(1, most + 1):
         basis = _orthonormal(best.right)
-        rows = _solve_rows(change, precision, basis)
+        rows = _solve_rows(change, weights, basis)
         basis = _orthonormal(rows.T)
-        columns = _solve_rows(change.T, precision.T, basis)
+        columns = _solve_rows(change.T, weights.T, basis)
         new_left, new_right = basis.T, np.ascontiguousarray(columns.T)
         loss = entry_loss(precision, change - new_left @ new_right)
         if not loss < best.loss:
