@@ -353,6 +353,9 @@ def test_a_folder_tells_how_it_was_made_and_so_does_its_card(worlds, tmp_path):
     assert (out / "tokenizer.json").exists() is (root / "tuned" / "tokenizer.json").exists()
     assert not (out / "config.json").exists()
     assert not (out / "factors").exists()
+    extract(root, "tuned", tmp_path / "again", rank=2, tolerance=0.9)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "extract.yaml"):
+        assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     card = make_card(out, repo="org/removal").text
     assert "took the change of `tuned` from its base" in card
     assert "8 layers, of rank" in card

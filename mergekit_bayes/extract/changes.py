@@ -107,9 +107,7 @@ def read_change(
         PrecisionError: The precision of the tensor cannot be used.
     """
     place = models.modules.places[name]
-    tuned, base = models.values(name)
-    with np.errstate(over="ignore"):
-        change = (tuned - base).astype(np.float32).reshape(flat_shape(tuned.shape))
+    change, norm = _difference(*models.values(name))
     if not np.isfinite(change).all():
         raise CheckpointError(
             f"'{name}' differs by more than float32 holds between '{models.tuned.ref}' and "
@@ -122,7 +120,6 @@ def read_change(
     is_known = weighting is not None or not models.precisions.weighs
     by = weighting or uniform((change.shape[0], change.shape[1]))
     if why is None:
-        norm = float(np.sqrt(2 * half_square(tuned)))
         try:
             found = approximate(change, by, limits, weight_norm=norm, seed=seed)
         except CheckpointError as error:
@@ -144,6 +141,19 @@ def read_change(
     is_whole = place.kind is Kind.WHOLE
     other = OtherChange(why=why, stored=is_whole, change=loss, norm=norm)
     return Change(place, other=other)
+
+
+def _difference(tuned: Array, base: Array) -> tuple[Array, float]:
+    """The change of a tensor as a float32 matrix, and the Frobenius norm of the tuned one.
+
+    Both are done with afterwards: memory holds no third tensor.
+    """
+    norm = float(np.sqrt(2 * half_square(tuned)))
+    dtype = np.promote_types(tuned.dtype, base.dtype)
+    change = tuned.astype(dtype, copy=False)
+    change -= base
+    with np.errstate(over="ignore"):
+        return change.astype(np.float32, copy=False).reshape(flat_shape(tuned.shape)), norm
 
 
 def _without_factors(models: Models, name: str, kind: Kind, *, embeddings: bool) -> str | None:

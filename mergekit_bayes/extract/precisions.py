@@ -105,8 +105,9 @@ class Precisions:
         values = read_tensor(source, precision.name)
         if precision.form is Form.ENTRY:
             self._check(name, [values])
+            values = values.reshape(p, q).astype(np.float32, copy=False)
             with np.errstate(over="ignore"):
-                values = values.reshape(p, q).astype(np.float32) * np.float32(self._gain)
+                values *= np.float32(self._gain)
             self._check(name, [values])  # beyond float32 once they are counted
             return by_entry(values) if values.any() else None
         if len(shape) != 2:

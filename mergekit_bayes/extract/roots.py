@@ -116,7 +116,10 @@ class LowRankRoot:
 
 def floored(precision: Array) -> Array:
     """A precision in which nothing is below `FLOOR` times the mean of all of it."""
-    result: Array = np.maximum(precision, FLOOR * precision.mean(dtype=np.float64))
+    floor = FLOOR * precision.mean(dtype=np.float64)
+    if precision.min() >= floor:
+        return precision  # a large one is not copied
+    result: Array = np.maximum(precision, precision.dtype.type(floor))
     return result
 
 
