@@ -15,6 +15,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.lora import is_adapter, open_adapted, open_adapter, open_model, split_ref
 from mergekit_bayes.lora.dense import change, variance
 from mergekit_bayes.lora.layers import Factors
+from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import Prior
 from tests import tiny
 from tests.adapters import BASE, LAYERS, adapter, base, factors, peft_adapter, precise
@@ -254,3 +255,34 @@ def test_what_tells_an_adapter_from_a_model(tmp_path):
     adapter(tmp_path / "a", factors(0))
     assert is_adapter(tmp_path / "a")
     assert not is_adapter(base(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_rules_that_count_directions_do_not_count_those_of_rounding(tmp_path, method, dtype):
+    """A change of rank 4 has no other direction, though `W + s B A` is rounded to float32."""
+    shape, layers = {"m.q.weight": (80, 60)}, {"m.q": (80, 60)}
+    weight = tiny.arrays(7, shape)["m.q.weight"]
+    tiny.write(tmp_path / "base" / "model.safetensors", {"m.q.weight": weight}, dtype)
+    weight = read(tmp_path / "base" / "model.safetensors")
+    tiny.write(tmp_path / "exact" / "model.safetensors", {"m.q.weight": weight}, "F64")
+    for seed, name in enumerate("ab"):
+        made = {"m.q": Factors(*(x / 10 for x in factors(seed, 4, layers)["m.q"]))}
+        adapter(tmp_path / name, made)
+    changes = {}
+    for name in ("base", "exact"):
+        base_folder, out = tmp_path / name, tmp_path / f"{name}.safetensors"
+        models = tuple(f"{base_folder}+{tmp_path / a}" for a in "ab")
+        settings = {"base": str(base_folder), "method": method, "dtype": "F64"}
+        run_merge(MergeConfig(models=models, out=str(out), **settings))
+        changes[name] = read(out) - weight
+    scale = np.linalg.norm(changes["exact"])
+    assert scale > 0.1
+    assert np.linalg.norm(changes["base"] - changes["exact"]) < 1e-4 * scale
+    assert np.linalg.matrix_rank(changes["base"], tol=1e-5 * scale) == 8
+
+
+def read(file):
+    with SafetensorsSource([file]) as source:
+        (name,) = source.specs
+        return np.asarray(read_tensor(source, name), np.float64)

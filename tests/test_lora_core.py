@@ -96,7 +96,7 @@ STACKS = {
 @pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("pairs", STACKS.values(), ids=STACKS)
 def test_the_core_space_loses_nothing_and_its_directions_are_orthonormal(pairs, published):
-    space = core_space(pairs, by_singular_vectors=published)
+    space = space_of(pairs, published)
     for pair, core in zip(pairs, space.cores, strict=True):
         change = pair.b @ pair.a
         np.testing.assert_allclose(
@@ -111,6 +111,12 @@ def test_the_core_space_loses_nothing_and_its_directions_are_orthonormal(pairs, 
     # The paper's basis: singular directions of the stack, the largest first.
     sizes = np.linalg.norm(space.left.inside(stack), axis=1)
     assert (np.diff(sizes) <= 1e-9 * sizes.max(initial=0)).all() or not published
+
+
+def space_of(pairs, published=True):
+    left = np.concatenate([pair.b for pair in pairs], axis=1)
+    right, ranks = np.concatenate([pair.a for pair in pairs]), [len(pair.a) for pair in pairs]
+    return core_space(left, right, ranks, by_singular_vectors=published)
 
 
 def whole(space, core):
@@ -132,7 +138,7 @@ def test_a_stack_is_written_exactly_however_its_values_spread(way, spread):
 
 
 def test_the_error_of_a_core_is_that_of_the_factors_as_they_are_stored():
-    space = core_space(pairs_of([2, 5, 3]))
+    space = space_of(pairs_of([2, 5, 3]))
     core = sum(space.cores)
     for rank in (1, 4, 12):
         found = truncate_core(space.left, core, space.right, rank)
@@ -188,8 +194,8 @@ def test_a_rule_for_matrices_keeps_as_many_directions_as_in_the_layer(tmp_path):
     base = np.zeros((12, 40))
     pairs = pairs_of([1, 6], shape=base.shape)
     expected = by("tsv_m", base, [pair.b @ pair.a for pair in pairs])
-    cut = by("tsv_m", np.zeros((7, 7)), core_space(pairs).cores)
-    space = core_space(pairs)
+    cut = by("tsv_m", np.zeros((7, 7)), space_of(pairs).cores)
+    space = space_of(pairs)
     assert not np.allclose(whole(space, cut), expected, atol=1e-6)
     for t, (a, b) in enumerate(pairs):
         adapter(tmp_path / f"a{t}", {"m.q": Factors(np.float32(a), np.float32(b))}, alpha=len(a))

@@ -25,7 +25,6 @@ from mergekit_bayes.kernels.arrays import Arrays, facts_of, merge_arrays, totals
 from mergekit_bayes.kernels.base import task_key
 from mergekit_bayes.lora.bases import Basis, orthonormal, principal
 from mergekit_bayes.lora.inputs import AdapterMerge, LayerCopy, Layers
-from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.lora.rules import Rule
 from mergekit_bayes.lora.truncate import Truncated, truncate_core
 from mergekit_bayes.methods.base import Facts
@@ -45,23 +44,26 @@ class CoreSpace(NamedTuple):
     cores: tuple[Array, ...]
 
 
-def core_space(pairs: Sequence[Factors], *, by_singular_vectors: bool = True) -> CoreSpace:
+def core_space(
+    left: Array, right: Array, ranks: Sequence[int], *, by_singular_vectors: bool = True
+) -> CoreSpace:
     """The common core space of some changes `B_t A_t`.
 
     The cores come out of the stacks' own parts in the bases, `U' [B_1, ...]` and `V' [A_1; ...]'`.
 
     Args:
-        pairs: A of shape (r_t, d_in) and B of shape (d_out, r_t), in float64, the scaling in B.
+        left: `[B_1, ...]`, (d_out, sum r), in float64, the scaling in it.
+        right: `[A_1; ...]`, (sum r, d_in), in float64.
+        ranks: r_t.
         by_singular_vectors: Take the singular vectors of the stacks, as published, and not other
             bases of the same space, which are the same to a rule that commutes with orthogonal
             maps and cost less.
     """
     spanned = principal if by_singular_vectors else orthonormal
-    left, of_b = spanned(np.concatenate([pair.b for pair in pairs], axis=1))
-    right, of_a = spanned(np.concatenate([pair.a for pair in pairs]).T)
-    ends = np.cumsum([0, *(len(pair.a) for pair in pairs)])
-    parts = [slice(start, stop) for start, stop in pairwise(ends)]
-    return CoreSpace(left, right, tuple(of_b[:, part] @ of_a[:, part].T for part in parts))
+    columns, of_b = spanned(left)
+    rows, of_a = spanned(right.T)
+    parts = [slice(start, stop) for start, stop in pairwise(np.cumsum([0, *ranks]))]
+    return CoreSpace(columns, rows, tuple(of_b[:, part] @ of_a[:, part].T for part in parts))
 
 
 def measure_cores(merge: AdapterMerge, layers: Layers) -> Facts:
@@ -124,16 +126,22 @@ def _rule_of(merge: AdapterMerge) -> Rule:
 
 
 def _space(merge: AdapterMerge, rule: Rule, module: str, copies: Sequence[LayerCopy]) -> CoreSpace:
-    """The core space of those adapters that hold a layer; one of scale zero adds no directions."""
-    pairs = [merge.scaled(copy) for copy in copies]
-    taken = [
-        pair if merge.scales[copy.owner] else Factors(pair.a[:0], pair.b[:, :0])
-        for copy, pair in zip(copies, pairs, strict=True)
-    ]
+    """The core space of those adapters that change a layer."""
+    taken = _taken(merge, copies)
+    if not taken:
+        layer = copies[0].layer
+        return CoreSpace(Basis(np.zeros((layer.rows, 0))), Basis(np.zeros((layer.columns, 0))), ())
+    left, right = merge.stacked(taken, with_scales=False)
+    ranks = [copy.layer.rank for copy in taken]
     try:
-        return core_space(taken, by_singular_vectors=not rule.is_equivariant)
+        return core_space(left, right, ranks, by_singular_vectors=not rule.is_equivariant)
     except np.linalg.LinAlgError as error:
         raise CheckpointError(f"'{module}': {error}. Look at the values of its factors.") from None
+
+
+def _taken(merge: AdapterMerge, copies: Sequence[LayerCopy]) -> list[LayerCopy]:
+    """The copies that count: an adapter of scale zero adds no directions."""
+    return [copy for copy in copies if merge.scales[copy.owner]]
 
 
 def _arrays(
@@ -152,7 +160,7 @@ def _arrays(
         enough = min(layer.rows, layer.columns, directions)
         shape = (max(shape[0], enough), max(shape[1], enough))
     tasks = [np.zeros(shape) for _ in merge.adapters]
-    for copy, core in zip(copies, space.cores, strict=True):
+    for copy, core in zip(_taken(merge, copies), space.cores, strict=True):
         tasks[copy.owner][: core.shape[0], : core.shape[1]] = core
     takes_base = rule.method.needs_base or rule.method.takes_base
     return Arrays(np.zeros(shape) if takes_base else None, tuple(tasks))

@@ -74,11 +74,24 @@ class AdapterMerge(NamedTuple):
         a, b = self.adapters[copy.owner].factors(copy.layer)
         return Factors(a.astype(np.float64), copy.layer.scaling * b.astype(np.float64))
 
-    def stacked(self, copies: Sequence[LayerCopy]) -> tuple[Array, Array]:
-        """`[c_1 s_1 B_1, ...]` and `[A_1; ...]`, whose product is `sum_t c_t s_t B_t A_t`."""
-        factors = [self.scaled(copy) for copy in copies]
-        left = [self.scales[copy.owner] * f.b for copy, f in zip(copies, factors, strict=True)]
-        return np.concatenate(left, 1), np.concatenate([f.a for f in factors])
+    def stacked(
+        self, copies: Sequence[LayerCopy], *, with_scales: bool = True
+    ) -> tuple[Array, Array]:
+        """`[c_1 s_1 B_1, ...]` and `[A_1; ...]`, whose product is `sum_t c_t s_t B_t A_t`.
+
+        Args:
+            copies: The layer as each adapter holds it, at least one.
+            with_scales: Whether the c_t are multiplied in.
+        """
+        ends = np.cumsum([0, *(copy.layer.rank for copy in copies)])
+        layer = copies[0].layer
+        left, right = np.empty((layer.rows, ends[-1])), np.empty((ends[-1], layer.columns))
+        for copy, start, stop in zip(copies, ends, ends[1:], strict=False):
+            right[start:stop], b = self.adapters[copy.owner].factors(copy.layer)
+            np.multiply(b, copy.layer.scaling, out=left[:, start:stop], dtype=np.float64)
+            if with_scales:
+                left[:, start:stop] *= self.scales[copy.owner]
+        return left, right
 
 
 def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:

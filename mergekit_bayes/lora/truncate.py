@@ -80,8 +80,19 @@ def truncate_core(left: Basis, core: Array, right: Basis, rank: int) -> Truncate
     """
     u, sigma, v = _svd(core)
     used = min(rank, sigma.size)
-    factors = _factors(left.times(u[:, :used]), sigma[:used], right.times(v[:used].T).T, rank)
-    return _measured(left, core, right, factors, used)
+    root = np.sqrt(sigma[:used])
+    exact_b, exact_a = left.times(u[:, :used] * root), right.times(v[:used].T * root)
+    a, b = np.zeros((rank, len(exact_a)), np.float32), np.zeros((len(exact_b), rank), np.float32)
+    b[:, :used], a[:used] = exact_b, exact_a.T
+    # What is cut off is orthogonal to what the rounding to float32 moves,
+    # b a - (b + e)(a + f) = -(e (a + f) + b f).
+    rounding = _thin_norm(
+        np.concatenate([b[:, :used] - exact_b, exact_b], axis=1),
+        np.concatenate([a[:used].T, a[:used].T - exact_a], axis=1),
+    )
+    norm = float(np.linalg.norm(sigma))
+    lacking = math.hypot(float(np.linalg.norm(sigma[used:])), rounding)
+    return Truncated(Factors(a, b), lacking / norm if norm else 0.0, norm)
 
 
 def _measured(left: Basis, core: Array, right: Basis, factors: Factors, used: int) -> Truncated:

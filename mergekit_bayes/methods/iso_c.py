@@ -2,7 +2,7 @@
 
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.methods.base import Method, Scales, Tasks
-from mergekit_bayes.methods.matrices import singular
+from mergekit_bayes.methods.matrices import rounding_noise, singular
 from mergekit_bayes.methods.means import mean_change
 
 
@@ -22,7 +22,8 @@ def iso_c(base: Gaussian, tasks: Tasks, scales: Scales, facts: None) -> Gaussian
         facts: None.
     """
     changes = [scale * (task.mean - base.mean) for task, scale in zip(tasks, scales, strict=True)]
-    left, values, right = singular(sum(changes))
+    noise = rounding_noise(base.mean) * sum(map(abs, scales))
+    left, values, right = singular(sum(changes), noise)
     if not len(values):
         return base
     return Gaussian(base.mean + values.mean() * (left @ right), base.precision)

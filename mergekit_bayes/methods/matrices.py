@@ -37,14 +37,31 @@ class Singular(NamedTuple):
         return Singular(self.left[:, :count], self.values[:count], self.right[:count])
 
 
-def singular(matrix: Matrix) -> Singular:
+def singular(matrix: Matrix, noise: float = 0.0) -> Singular:
     """Decompose a matrix; directions whose value is zero up to rounding are left out.
 
     The linear algebra library would choose them at will.
+
+    Args:
+        matrix: The matrix.
+        noise: The largest singular value that the rounding of its entries may have made.
     """
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     least = max(matrix.shape) * np.finfo(values.dtype).eps * values.max(initial=0.0)
-    return Singular(left, values, right).top(int(np.count_nonzero(values > least)))
+    return Singular(left, values, right).top(int(np.count_nonzero(values > max(least, noise))))
+
+
+def rounding_noise(weight: Matrix) -> float:
+    """About the largest singular value that rounding to float32 gives to a change of a weight.
+
+        2^-23 rms(W) (sqrt(outputs) + sqrt(inputs))
+
+    The last two factors are those of independent entries. Changes of low rank, as of adapters on
+    their base, have no other direction, and a rule that counts directions would count these.
+    """
+    rows, columns = weight.shape
+    rms = float(np.sqrt(np.mean(np.square(weight))))
+    return float(np.finfo(np.float32).eps * rms * (np.sqrt(rows) + np.sqrt(columns)))
 
 
 def orthonormal(matrix: Matrix) -> Matrix:

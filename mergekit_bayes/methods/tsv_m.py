@@ -4,7 +4,7 @@ import numpy as np
 
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.methods.base import Method, Scales, Tasks
-from mergekit_bayes.methods.matrices import orthonormal, singular
+from mergekit_bayes.methods.matrices import orthonormal, rounding_noise, singular
 from mergekit_bayes.methods.means import mean_change
 
 
@@ -29,7 +29,11 @@ def tsv_m(base: Gaussian, tasks: Tasks, scales: Scales, facts: None) -> Gaussian
     if not voting:
         return base
     share = max(1, min(base.mean.shape) // len(voting))
-    kept = [singular(scale * (task.mean - base.mean)).top(share) for task, scale in voting]
+    noise = rounding_noise(base.mean)
+    kept = [
+        singular(scale * (task.mean - base.mean), abs(scale) * noise).top(share)
+        for task, scale in voting
+    ]
     left = orthonormal(np.concatenate([part.left for part in kept], axis=1))
     values = np.concatenate([part.values for part in kept])
     right = orthonormal(np.concatenate([part.right for part in kept]))

@@ -60,7 +60,7 @@ def main() -> None:
     arguments.add_argument("--rank", type=int, default=16)
     arguments.add_argument("--adapters", type=int, default=8)
     arguments.add_argument("--repeats", type=int, default=3)
-    arguments.add_argument("--layers", type=int, help="of the files; by default 4, or 24")
+    arguments.add_argument("--layers", type=int, help="of the files; by default 8, or 24")
     arguments.add_argument("--methods", nargs="+", default=(*METHODS, PEFT))
     arguments.add_argument("--files", action="store_true", help="measure whole merges of files")
     arguments.add_argument(
@@ -70,7 +70,7 @@ def main() -> None:
     arguments.add_argument("--one", help=argparse.SUPPRESS)
     given = arguments.parse_args()
     given.d = given.d or (2048 if given.files else 1024)
-    given.layers = given.layers or (24 if given.files else 4)
+    given.layers = given.layers or (24 if given.files else 8)
     if given.one:
         print(json.dumps(measure(given)))
         return
@@ -241,15 +241,16 @@ def by_core(name: str, factors: list, rank: int) -> tuple:
 
     from mergekit_bayes.kernels.arrays import Arrays, facts_of, merge_arrays, totals_of
     from mergekit_bayes.lora.core import core_space
-    from mergekit_bayes.lora.layers import Factors
     from mergekit_bayes.lora.truncate import truncate_core
     from mergekit_bayes.methods import METHODS, settings_of
 
     method = METHODS[name]
     settings = settings_of(method, {})
-    pairs = [Factors(a.astype(np.float64), b.astype(np.float64)) for a, b in factors]
+    left = np.concatenate([b for _, b in factors], axis=1, dtype=np.float64)
+    right = np.concatenate([a for a, _ in factors], dtype=np.float64)
     is_published = not method.is_equivariant(settings)
-    space = core_space(pairs, by_singular_vectors=is_published)
+    ranks = [len(a) for a, _ in factors]
+    space = core_space(left, right, ranks, by_singular_vectors=is_published)
     arrays = Arrays(np.zeros_like(space.cores[0]), space.cores)
     facts = facts_of(method, settings, len(factors), totals_of(method, [arrays]))
     scales = (1.0,) * len(factors)
