@@ -32,6 +32,7 @@ COMMANDS = {
     "methods": "List the merging rules and their settings.",
     "finetune": "Fine-tune by IVON; its precision comes with it.",
     "adapt": "Remove and add in a few steps; keep the rest.",
+    "extract": "Turn a tuned or edited model into a LoRA adapter.",
     "precision": "Give an existing checkpoint a precision.",
     "evaluate": "Measure perplexity, toxicity and calibration.",
     "inspect": "Show a model, its precision, and what changed.",
