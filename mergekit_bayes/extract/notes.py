@@ -44,7 +44,12 @@ def notes_of(models: Models, report: ExtractReport, extra: Extra) -> Iterator[st
 
 
 def _on_units(models: Models, report: ExtractReport) -> Iterator[str]:
-    """What the losses of a report are not."""
+    """What the losses of a report are not, and a precision that does not weigh."""
+    if models.precisions.is_left_out:
+        yield (
+            f"the precision of '{report.model}' is of the inputs of layers alone and does not "
+            "weigh here; --weights precision lets it"
+        )
     if report.unit == NATS:
         yield (
             "losses are those of the precision, to second order at the tuned weights, and weigh "

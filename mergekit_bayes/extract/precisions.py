@@ -25,6 +25,8 @@ class Precisions:
     Attributes:
         unit: The unit of the losses of what has a precision.
         lacking: The tensors that were asked for and have none, or nothing but zeros.
+        is_left_out: Whether there is a precision that weighs only where that is asked for: one of
+            the inputs alone, by which adapters of an encoder cost more than by equal weights.
     """
 
     def __init__(self, model: Posterior, weights: Weights | None) -> None:
@@ -44,6 +46,10 @@ class Precisions:
                 f"no precision for '{model.ref}'. Make one with `bmerge precision {model.ref} "
                 "--data TEXTS`, or pass --weights uniform."
             )
+        is_of_inputs = model.info is not None and model.info.estimator == INPUTS
+        self.is_left_out = self._source is not None and is_of_inputs and weights is None
+        if self.is_left_out:
+            self._source = None
         info = model.info if self._source is not None else None
         self._gain = 1.0
         if info is not None and info.mean.blocks != model.identity:
@@ -53,7 +59,6 @@ class Precisions:
             )
         if info is not None and info.ess:
             self._gain = (info.observations or info.ess) / info.ess
-        is_of_inputs = info is not None and info.estimator == INPUTS
         self.unit = OUTPUTS if is_of_inputs else NATS
         if self._source is None:
             self.unit = WEIGHTS

@@ -37,7 +37,8 @@ class ExtractConfig(Config):
     weights: Weights | None = Field(
         None,
         description="What weighs the entries: the precision of MODEL, so that the error is in "
-        "units of the loss, or uniform. By default the precision where there is one.",
+        "units of the loss, or uniform. By default the precision where there is one, but for one "
+        "of inputs alone (`--estimator inputs`).",
     )
     precision: str | None = Field(
         None, description="Where the precision of MODEL is, if not beside it."
