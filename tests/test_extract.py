@@ -324,8 +324,12 @@ def test_an_adapter_knows_its_base(worlds, tmp_path):
     extract(root, "tuned", out)
     with open_model(f"{root / 'base'}+{out}") as model:
         refuse_other_base(model)
-    with open_model(f"{root / 'all'}+{out}") as other, pytest.raises(MismatchError, match="base"):
+    elsewhere = f"{root / 'all'}+{out}"
+    with open_model(elsewhere) as other, pytest.raises(MismatchError, match="base"):
         refuse_other_base(other)
+    config = ExtractConfig(model=elsewhere, base=str(root / "base"), out=str(tmp_path / "b"))
+    with pytest.raises(MismatchError, match=r"in the dtype that it had\.$"):
+        run_extract(config)
 
 
 def test_a_model_with_an_adapter_is_extracted_as_one(worlds, tmp_path):

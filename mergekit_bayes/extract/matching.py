@@ -1,6 +1,7 @@
 """Which tensors of a tuned model and of its base are one, and the refusal of another base."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.model_config import read_model_config
@@ -14,7 +15,7 @@ from mergekit_bayes.checkpoint.renaming import find_renaming, renamed_note
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.checkpoint.ties import find_ties, stored_copies, ties_embeddings
 from mergekit_bayes.errors import ConfigError, MismatchError, shown
-from mergekit_bayes.lora import is_adapter, open_model
+from mergekit_bayes.lora import is_adapter, open_model, refuse_other_base
 from mergekit_bayes.plan.model_configs import find_differences
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
@@ -57,18 +58,20 @@ def open_whole(
     Raises:
         CheckpointError: There is no such model, or a file cannot be read.
         ConfigError: It is an adapter alone.
-        MismatchError: It is quantised, or its weights are empty.
+        MismatchError: It is quantised, or its weights are empty, or an adapter is on another base
+            than it records.
     """
-    model = open_model(ref, precision=precision, with_precision=with_precision)
-    try:
+    with ExitStack() as stack:
+        model = stack.enter_context(
+            open_model(ref, precision=precision, with_precision=with_precision)
+        )
         if not model.parts and is_adapter(model.path):
             raise ConfigError(f"'{ref}' is an adapter without its base. Name both: BASE+{ref}.")
         if not model.parts:
             refuse_emptied(model)
             refuse_quantised(model)
-    except BaseException:
-        model.close()
-        raise
+        refuse_other_base(model)
+        stack.pop_all()  # the caller closes it
     return model
 
 
