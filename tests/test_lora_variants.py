@@ -40,6 +40,8 @@ GPT2 = {
     "lora_bias": {"target_modules": ["c_attn", "c_proj"], "lora_bias": True},
     "dora": {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True},
     "square dora": {"target_modules": ["attn.c_proj"], "use_dora": True, "fan_in_fan_out": True},
+    "square beside a head": {"target_modules": ["attn.c_proj", "lm_head"]},
+    "head and all": {"target_modules": ["attn.c_proj", "c_fc", "lm_head"]},
     "table": {"target_modules": ["wte", "wpe"], "use_dora": True},
     "square olora": {
         "target_modules": ["attn.c_proj"],
