@@ -17,6 +17,7 @@ from tests.lora_variants import (
     INPUTS,
     QV,
     TABLE,
+    TIED,
     VARIANTS,
     load,
     logits,
@@ -43,6 +44,12 @@ GPT2 = {
     "square beside a head": {"target_modules": ["attn.c_proj", "lm_head"]},
     "head and all": {"target_modules": ["attn.c_proj", "c_fc", "lm_head"]},
     "table": {"target_modules": ["wte", "wpe"], "use_dora": True},
+    "table that PEFT ties to nothing": {"target_modules": ["c_attn", "wte"], **TIED},
+    "whole table tied to nothing": {
+        "target_modules": ["c_attn"],
+        "modules_to_save": ["wte"],
+        **TIED,
+    },
     "square olora": {
         "target_modules": ["attn.c_proj"],
         "init_lora_weights": "olora",

@@ -95,18 +95,23 @@ def _kept_heads(base: Posterior, mean: AdaptedSource) -> dict[str, str]:
     """
     config, settings = read_config(base.path), mean.adapter.config
     changed = {*mean.adapted, *mean.replaced} & base.mean.specs.keys()
-    if (
-        ties_embeddings(config) is False
-        or settings.get("ensure_weight_tying")
-        or settings.get("task_type") in _WITHOUT_HEAD
-    ):
+    if ties_embeddings(config) is False or settings.get("task_type") in _WITHOUT_HEAD:
         return {}
     shapes = {name: spec.shape for name, spec in mean.specs.items()}
     heads: dict[str, str] = {}
+    is_ensured = settings.get("ensure_weight_tying")
     for tie in _ties(config, changed, shapes):
-        if tie.source in changed:
+        if tie.source in changed and not (is_ensured and _is_tied_by_peft(tie.source)):
             heads |= {head: tie.source for head in tie.heads if head not in shapes}
     return heads
+
+
+def _is_tied_by_peft(embedding: str) -> bool:
+    """Whether PEFT keeps a head tied to an embedding of this name where it is told to.
+
+    It looks for two names (PEFT 0.21), and else only warns.
+    """
+    return embedding.split(".")[-2:-1] in (["embed_tokens"], ["lm_head"])
 
 
 def _usual_ties(changed: Collection[str], shapes: Shapes) -> Iterator[Tie]:
