@@ -45,21 +45,23 @@ def with_kept_heads(base: Posterior, adapter: Adapter) -> AdaptedSource:
 
 
 def _rows_of_heads(base: Posterior, adapter: Adapter) -> dict[str, TrainedRows]:
-    """The rows of heads that the base stores as copies of embeddings of which rows were trained.
+    """The rows of heads that are tied to embeddings of which rows were trained.
 
     PEFT trains the rows of an embedding and of what is tied to it as one, unless the head has rows
-    of its own.
+    of its own. A head that the base does not store follows by itself, unless it is adapted.
     """
-    if not adapter.rows or ties_embeddings(read_config(base.path)) is False:
+    config = read_config(base.path)
+    if not adapter.rows or ties_embeddings(config) is False:
         return {}
     shapes = {name: spec.shape for name, spec in base.mean.specs.items()}
+    adapted = {layer.tensor for layer in adapter.layers.values()}
     return {
         head: adapter.rows[tie.source]
-        for tie in find_ties(shapes)
+        for tie in _ties(config, adapter.rows.keys() & shapes.keys(), shapes)
         for head in tie.heads
         if tie.source in adapter.rows.keys() & shapes.keys()
-        and head in shapes.keys() - adapter.rows.keys() - adapter.replacements.keys()
-        and have_same_values(base.mean, tie.source, head)
+        and head not in adapter.rows.keys() | adapter.replacements.keys()
+        and (have_same_values(base.mean, tie.source, head) if head in shapes else head in adapted)
     }
 
 
