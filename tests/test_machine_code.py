@@ -1,19 +1,25 @@
 """Compiled passes are kept as machine code that another process runs without numba."""
 
+import ast
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mergekit_bayes.code_cache import code_folder, is_trusted
-from mergekit_bayes.kernels import launch, machine_code
+from mergekit_bayes.kernels import launch, machine_code, sources
 from tests import tiny
 from tests.test_kernels import case, run
 
 pytest.importorskip("numba", reason="the compiled pass needs numba")
+# Of these, kernels take types, and what runs before anything is compiled.
+TYPES_ONLY = tuple(
+    f"mergekit_bayes.{name}" for name in ("code_cache", "methods.base", "kernels.sources")
+)
 ROOT = Path(__file__).parent.parent
 MERGE = """
 import sys
@@ -107,6 +113,18 @@ def test_other_sources_numbers_of_models_and_kinds_have_other_names():
         )
     ]
     assert len(set(names)) == len(names)
+
+
+def test_every_value_that_kernels_import_is_in_their_checksum():
+    """Else a number is changed in its source, and code with the old one still runs."""
+    for module in sources._SHARED:
+        tree = ast.parse(Path(import_module(module).__file__).read_text())
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not node.module.startswith("mergekit_bayes"):
+                continue
+            values = [getattr(import_module(node.module), a.name, None) for a in node.names]
+            if any(isinstance(v, int | float | tuple) or callable(v) for v in values):
+                assert {node.module} <= {*sources._SHARED, *TYPES_ONLY}, (module, node.module)
 
 
 def test_arguments_that_no_code_is_kept_for_are_left_to_numba():
