@@ -38,13 +38,15 @@ def is_trusted(folder: Path) -> bool:
     """Whether only this account and root can have written to a cache folder.
 
     It may be in a folder that `NUMBA_CACHE_DIR` names and that is shared. There others cannot put
-    another in its place if the shared folder is sticky, as /tmp is.
+    another in its place if the shared folder is sticky, as /tmp is. A link of theirs is not
+    followed: it leads elsewhere later.
     """
     if not folder.exists():
         return False
     inner, outer = folder.stat(), folder.parent.stat()
+    owners = {path.lstat().st_uid for path in (folder, folder.parent)}
     is_safe = (
-        {inner.st_uid, outer.st_uid} <= {os.geteuid(), 0}
+        {inner.st_uid, outer.st_uid, *owners} <= {os.geteuid(), 0}
         and not inner.st_mode & stat.S_IWOTH
         and (not outer.st_mode & stat.S_IWOTH or bool(outer.st_mode & stat.S_ISVTX))
     )

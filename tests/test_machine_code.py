@@ -155,3 +155,22 @@ def test_code_is_kept_beside_its_source_or_in_a_folder_of_this_account(tmp_path,
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
     assert code_folder(source) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
+@pytest.mark.parametrize("name", ["cache", "cache/bmerge"])
+def test_no_code_is_kept_behind_a_link_of_another_account(tmp_path, name):
+    (tmp_path / "mine" / "bmerge").mkdir(parents=True)
+    (tmp_path / "cache").mkdir()
+    link, target = tmp_path / name, tmp_path / "mine"
+    if name == "cache":
+        link.rmdir()
+    else:
+        target = target / "bmerge"
+    link.symlink_to(target)
+    is_trusted.cache_clear()
+    assert is_trusted(tmp_path / "cache" / "bmerge")
+    os.chown(link, 12345, 12345, follow_symlinks=False)
+    is_trusted.cache_clear()
+    assert not is_trusted(tmp_path / "cache" / "bmerge")
+    is_trusted.cache_clear()
