@@ -101,19 +101,23 @@ def _kept_heads(base: Posterior, mean: AdaptedSource) -> dict[str, str]:
         return {}
     shapes = {name: spec.shape for name, spec in mean.specs.items()}
     heads: dict[str, str] = {}
-    is_ensured = settings.get("ensure_weight_tying")
     for tie in _ties(config, changed, shapes):
-        if tie.source in changed and not (is_ensured and _is_tied_by_peft(tie.source)):
+        if tie.source in changed and not _is_kept_tied(mean, tie.source):
             heads |= {head: tie.source for head in tie.heads if head not in shapes}
     return heads
 
 
-def _is_tied_by_peft(embedding: str) -> bool:
-    """Whether PEFT keeps a head tied to an embedding of this name where it is told to.
+def _is_kept_tied(mean: AdaptedSource, embedding: str) -> bool:
+    """Whether PEFT keeps a head tied to a changed embedding (`ensure_weight_tying`).
 
-    It looks for two names (PEFT 0.21), and else only warns.
+    It looks for modules of two names (PEFT 0.21), not for parameters, and else only warns.
     """
-    return embedding.split(".")[-2:-1] in (["embed_tokens"], ["lm_head"])
+    placed = mean.adapted.get(embedding)
+    return (
+        bool(mean.adapter.config.get("ensure_weight_tying"))
+        and embedding.split(".")[-2:-1] in (["embed_tokens"], ["lm_head"])
+        and not (placed is not None and placed.layer.is_parameter)
+    )
 
 
 def _usual_ties(changed: Collection[str], shapes: Shapes) -> Iterator[Tie]:
