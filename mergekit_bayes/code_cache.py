@@ -19,9 +19,10 @@ def code_folder(source: Path) -> Path | None:
         source: The file. Whoever can write beside it can change it, too.
     """
     named = os.environ.get("NUMBA_CACHE_DIR")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    places = [Path(named)] if named else [source.parent / "__pycache__", Path(home)]
-    for place in places:
+    # An account without a home, as in containers, has a relative one here: "~/.cache".
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    beside = [source.parent / "__pycache__", *([home] if home.is_absolute() else [])]
+    for place in [Path(named)] if named else beside:
         folder = place if place.name == "__pycache__" else place / "bmerge"
         try:
             folder.mkdir(0o755, parents=True, exist_ok=True)

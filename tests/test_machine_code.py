@@ -157,6 +157,17 @@ def test_code_is_kept_beside_its_source_or_in_a_folder_of_this_account(tmp_path,
     assert code_folder(source) is None
 
 
+@pytest.mark.parametrize("home", ["", "caches"])
+def test_an_account_without_a_home_gets_no_cache_where_it_works(tmp_path, monkeypatch, home):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "package").touch()  # nothing can be written beside a source in it
+    assert code_folder(tmp_path / "package" / "module.py") is None
+    assert os.listdir() == ["package"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
 @pytest.mark.parametrize("name", ["cache", "cache/bmerge"])
 def test_no_code_is_kept_behind_a_link_of_another_account(tmp_path, name):
