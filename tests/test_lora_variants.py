@@ -12,6 +12,7 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.lora import open_adapted
 from tests import tiny
 from tests.lora_variants import (
+    BOTH,
     EMBEDDING,
     HEAD,
     INPUTS,
@@ -68,6 +69,7 @@ CASES = [
     *(("tied" if any(w in n for w in OF_TIES) else "untied", n, v) for n, v in VARIANTS.items()),
     *(("untied", name, VARIANTS[name]) for name in AS_WELL),
     *(("gpt2", name, settings) for name, settings in GPT2.items()),
+    ("untied", "both that nothing ties", {"target_modules": BOTH, **TIED}),
     ("untied", "head of pissa", {"target_modules": ["lm_head"], "init_lora_weights": "pissa"}),
 ]
 

@@ -40,7 +40,8 @@ def with_kept_heads(base: Posterior, adapter: Adapter) -> AdaptedSource:
     mean = AdaptedSource(base.mean, adapter, own)
     kept = _kept_heads(base, mean)
     _refuse_other_rows(base, mean, kept)
-    refuse_apart(mean)
+    if ties_embeddings(read_config(base.path)) is not False:  # else PEFT has nothing to tie
+        refuse_apart(mean)
     return AdaptedSource(base.mean, adapter, own | kept) if kept else mean
 
 
