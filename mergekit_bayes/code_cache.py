@@ -19,9 +19,10 @@ def code_folder(source: Path) -> Path | None:
         source: The file. Whoever can write beside it can change it, too.
     """
     named = os.environ.get("NUMBA_CACHE_DIR")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    places = [Path(named)] if named else [source.parent / "__pycache__", Path(home)]
-    for place in places:
+    # An account without a home, as in containers, has a relative one here: "~/.cache".
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    beside = [source.parent / "__pycache__", *([home] if home.is_absolute() else [])]
+    for place in [Path(named)] if named else beside:
         folder = place if place.name == "__pycache__" else place / "bmerge"
         try:
             folder.mkdir(0o755, parents=True, exist_ok=True)
@@ -38,13 +39,15 @@ def is_trusted(folder: Path) -> bool:
     """Whether only this account and root can have written to a cache folder.
 
     It may be in a folder that `NUMBA_CACHE_DIR` names and that is shared. There others cannot put
-    another in its place if the shared folder is sticky, as /tmp is.
+    another in its place if the shared folder is sticky, as /tmp is. A link of theirs is not
+    followed: it leads elsewhere later.
     """
     if not folder.exists():
         return False
     inner, outer = folder.stat(), folder.parent.stat()
+    owners = {path.lstat().st_uid for path in (folder, folder.parent)}
     is_safe = (
-        {inner.st_uid, outer.st_uid} <= {os.geteuid(), 0}
+        {inner.st_uid, outer.st_uid, *owners} <= {os.geteuid(), 0}
         and not inner.st_mode & stat.S_IWOTH
         and (not outer.st_mode & stat.S_IWOTH or bool(outer.st_mode & stat.S_ISVTX))
     )

@@ -50,6 +50,11 @@ VARIANTS = {
     "embedding and head": {"target_modules": BOTH},
     "head": {"target_modules": ["lm_head"]},
     "tied by embedding": {"target_modules": TABLE, **TIED},
+    "table as a parameter, tied to nothing": {
+        "target_modules": Q,
+        "target_parameters": [EMBEDDING],
+        **TIED,
+    },
     "tied by head": {"target_modules": ["lm_head", "q_proj"], **TIED},
     "whole embedding": {"target_modules": Q, "modules_to_save": ["embed_tokens"]},
     "whole tied embedding": {"target_modules": Q, "modules_to_save": ["embed_tokens"], **TIED},

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -14,9 +15,12 @@ from mergekit_bayes.lora import open_adapted, open_adapter
 from tests import tiny
 from tests.adapters import base, factors, tensors_of, written
 from tests.lora_variants import (
+    EMBEDDING,
+    HEAD,
     MAGNITUDE,
     Q_BIAS,
     VARIANTS,
+    load,
     make_bases,
     peft,
     trained,
@@ -225,6 +229,19 @@ def test_an_embedding_and_a_head_that_are_kept_tied_and_were_trained_apart_are_r
     save_file(stored, file)
     with pytest.raises(CheckpointError, match="trained apart"):
         open_adapted(f"{bases / 'tied'}+{folder}")
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_factors_of_a_head_whose_embedding_has_trained_rows_are_refused(tmp_path, bases, is_stored):
+    settings = {"target_modules": ["lm_head"], "trainable_token_indices": [3, 1]}
+    folder = trained(tmp_path / "a", bases / "tied", r=2, **settings)
+    copy = tmp_path / "base"
+    load(bases / "tied", torch.float32).save_pretrained(copy)
+    stored = load_file(copy / "model.safetensors")
+    more = {HEAD: stored[EMBEDDING].clone()} if is_stored else {}
+    save_file(stored | more, copy / "model.safetensors")
+    with pytest.raises(ConfigError, match="the embedding that it is tied to"):
+        open_adapted(f"{copy}+{folder}")
 
 
 def test_a_refused_variant_ends_the_command_with_one_message(tmp_path):

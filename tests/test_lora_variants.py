@@ -12,11 +12,13 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.lora import open_adapted
 from tests import tiny
 from tests.lora_variants import (
+    BOTH,
     EMBEDDING,
     HEAD,
     INPUTS,
     QV,
     TABLE,
+    TIED,
     VARIANTS,
     load,
     logits,
@@ -40,7 +42,15 @@ GPT2 = {
     "lora_bias": {"target_modules": ["c_attn", "c_proj"], "lora_bias": True},
     "dora": {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True},
     "square dora": {"target_modules": ["attn.c_proj"], "use_dora": True, "fan_in_fan_out": True},
+    "square beside a head": {"target_modules": ["attn.c_proj", "lm_head"]},
+    "head and all": {"target_modules": ["attn.c_proj", "c_fc", "lm_head"]},
     "table": {"target_modules": ["wte", "wpe"], "use_dora": True},
+    "table that PEFT ties to nothing": {"target_modules": ["c_attn", "wte"], **TIED},
+    "whole table tied to nothing": {
+        "target_modules": ["c_attn"],
+        "modules_to_save": ["wte"],
+        **TIED,
+    },
     "square olora": {
         "target_modules": ["attn.c_proj"],
         "init_lora_weights": "olora",
@@ -59,6 +69,7 @@ CASES = [
     *(("tied" if any(w in n for w in OF_TIES) else "untied", n, v) for n, v in VARIANTS.items()),
     *(("untied", name, VARIANTS[name]) for name in AS_WELL),
     *(("gpt2", name, settings) for name, settings in GPT2.items()),
+    ("untied", "both that nothing ties", {"target_modules": BOTH, **TIED}),
     ("untied", "head of pissa", {"target_modules": ["lm_head"], "init_lora_weights": "pissa"}),
 ]
 

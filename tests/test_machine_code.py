@@ -1,19 +1,25 @@
 """Compiled passes are kept as machine code that another process runs without numba."""
 
+import ast
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mergekit_bayes.code_cache import code_folder, is_trusted
-from mergekit_bayes.kernels import launch, machine_code
+from mergekit_bayes.kernels import launch, machine_code, sources
 from tests import tiny
 from tests.test_kernels import case, run
 
 pytest.importorskip("numba", reason="the compiled pass needs numba")
+# Of these, kernels take types, and what runs before anything is compiled.
+TYPES_ONLY = tuple(
+    f"mergekit_bayes.{name}" for name in ("code_cache", "methods.base", "kernels.sources")
+)
 ROOT = Path(__file__).parent.parent
 MERGE = """
 import sys
@@ -109,6 +115,18 @@ def test_other_sources_numbers_of_models_and_kinds_have_other_names():
     assert len(set(names)) == len(names)
 
 
+def test_every_value_that_kernels_import_is_in_their_checksum():
+    """Else a number is changed in its source, and code with the old one still runs."""
+    for module in sources._SHARED:
+        tree = ast.parse(Path(import_module(module).__file__).read_text())
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not node.module.startswith("mergekit_bayes"):
+                continue
+            values = [getattr(import_module(node.module), a.name, None) for a in node.names]
+            if any(isinstance(v, int | float | tuple) or callable(v) for v in values):
+                assert {node.module} <= {*sources._SHARED, *TYPES_ONLY}, (module, node.module)
+
+
 def test_arguments_that_no_code_is_kept_for_are_left_to_numba():
     """Views of a larger array are not contiguous: numba compiles them in their own way."""
     kind, chunk, numbers = case("task_arithmetic")
@@ -137,3 +155,33 @@ def test_code_is_kept_beside_its_source_or_in_a_folder_of_this_account(tmp_path,
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
     assert code_folder(source) is None
+
+
+@pytest.mark.parametrize("home", ["", "caches"])
+def test_an_account_without_a_home_gets_no_cache_where_it_works(tmp_path, monkeypatch, home):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "package").touch()  # nothing can be written beside a source in it
+    assert code_folder(tmp_path / "package" / "module.py") is None
+    assert os.listdir() == ["package"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
+@pytest.mark.parametrize("name", ["cache", "cache/bmerge"])
+def test_no_code_is_kept_behind_a_link_of_another_account(tmp_path, name):
+    (tmp_path / "mine" / "bmerge").mkdir(parents=True)
+    (tmp_path / "cache").mkdir()
+    link, target = tmp_path / name, tmp_path / "mine"
+    if name == "cache":
+        link.rmdir()
+    else:
+        target = target / "bmerge"
+    link.symlink_to(target)
+    is_trusted.cache_clear()
+    assert is_trusted(tmp_path / "cache" / "bmerge")
+    os.chown(link, 12345, 12345, follow_symlinks=False)
+    is_trusted.cache_clear()
+    assert not is_trusted(tmp_path / "cache" / "bmerge")
+    is_trusted.cache_clear()

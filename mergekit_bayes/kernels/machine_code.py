@@ -196,7 +196,6 @@ def _object_code(kernel: Any, layout: str) -> bytes | None:
     types = [_TYPES[code] for code in _codes(layout)]
     taken = [str(argument.type) for argument in module.get_function(symbol).arguments]
     if taken != ["ptr", "ptr", *types]:
-        print("DEBUG", taken, types, layout)
         return None
     module.link_in(llvmlite.binding.parse_assembly(_entry(symbol, types)))
     for value in (*module.functions, *module.global_variables):
@@ -209,7 +208,6 @@ def _object_code(kernel: Any, layout: str) -> bytes | None:
     needed = {f.name for f in module.functions if f.is_declaration}
     needed |= {v.name for v in module.global_variables if v.is_declaration}
     if any(not name.startswith("llvm.") for name in needed - {_NEVER_CALLED}):
-        print("DEBUG", needed)
         return None
     code: bytes = _machine().emit_object(module)
     return code

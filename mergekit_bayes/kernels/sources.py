@@ -13,8 +13,10 @@ from mergekit_bayes.methods.base import Method
 
 _PACKAGE = __name__.partition(".")[0]
 _SHARED = (
+    f"{_PACKAGE}.compiled",
     f"{_PACKAGE}.draws",
     f"{_PACKAGE}.gaussian",
+    f"{_PACKAGE}.methods.histogram",
     *(f"{_PACKAGE}.kernels.{name}" for name in ("base", "bits", "fused", "increase", "inlining")),
 )
 

@@ -40,26 +40,29 @@ def with_kept_heads(base: Posterior, adapter: Adapter) -> AdaptedSource:
     mean = AdaptedSource(base.mean, adapter, own)
     kept = _kept_heads(base, mean)
     _refuse_other_rows(base, mean, kept)
-    refuse_apart(mean)
+    if ties_embeddings(read_config(base.path)) is not False:  # else PEFT has nothing to tie
+        refuse_apart(mean)
     return AdaptedSource(base.mean, adapter, own | kept) if kept else mean
 
 
 def _rows_of_heads(base: Posterior, adapter: Adapter) -> dict[str, TrainedRows]:
-    """The rows of heads that the base stores as copies of embeddings of which rows were trained.
+    """The rows of heads that are tied to embeddings of which rows were trained.
 
     PEFT trains the rows of an embedding and of what is tied to it as one, unless the head has rows
-    of its own.
+    of its own. A head that the base does not store follows by itself, unless it is adapted.
     """
-    if not adapter.rows or ties_embeddings(read_config(base.path)) is False:
+    config = read_config(base.path)
+    if not adapter.rows or ties_embeddings(config) is False:
         return {}
     shapes = {name: spec.shape for name, spec in base.mean.specs.items()}
+    adapted = {layer.tensor for layer in adapter.layers.values()}
     return {
         head: adapter.rows[tie.source]
-        for tie in find_ties(shapes)
+        for tie in _ties(config, adapter.rows.keys() & shapes.keys(), shapes)
         for head in tie.heads
         if tie.source in adapter.rows.keys() & shapes.keys()
-        and head in shapes.keys() - adapter.rows.keys() - adapter.replacements.keys()
-        and have_same_values(base.mean, tie.source, head)
+        and head not in adapter.rows.keys() | adapter.replacements.keys()
+        and (have_same_values(base.mean, tie.source, head) if head in shapes else head in adapted)
     }
 
 
@@ -95,18 +98,27 @@ def _kept_heads(base: Posterior, mean: AdaptedSource) -> dict[str, str]:
     """
     config, settings = read_config(base.path), mean.adapter.config
     changed = {*mean.adapted, *mean.replaced} & base.mean.specs.keys()
-    if (
-        ties_embeddings(config) is False
-        or settings.get("ensure_weight_tying")
-        or settings.get("task_type") in _WITHOUT_HEAD
-    ):
+    if ties_embeddings(config) is False or settings.get("task_type") in _WITHOUT_HEAD:
         return {}
     shapes = {name: spec.shape for name, spec in mean.specs.items()}
     heads: dict[str, str] = {}
     for tie in _ties(config, changed, shapes):
-        if tie.source in changed:
+        if tie.source in changed and not _is_kept_tied(mean, tie.source):
             heads |= {head: tie.source for head in tie.heads if head not in shapes}
     return heads
+
+
+def _is_kept_tied(mean: AdaptedSource, embedding: str) -> bool:
+    """Whether PEFT keeps a head tied to a changed embedding (`ensure_weight_tying`).
+
+    It looks for modules of two names (PEFT 0.21), not for parameters, and else only warns.
+    """
+    placed = mean.adapted.get(embedding)
+    return (
+        bool(mean.adapter.config.get("ensure_weight_tying"))
+        and embedding.split(".")[-2:-1] in (["embed_tokens"], ["lm_head"])
+        and not (placed is not None and placed.layer.is_parameter)
+    )
 
 
 def _usual_ties(changed: Collection[str], shapes: Shapes) -> Iterator[Tie]:

@@ -1,8 +1,10 @@
 """How the weights that an adapter changes are laid out in its base's files."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.lora.adapter import Adapter
@@ -11,6 +13,8 @@ from mergekit_bayes.lora.pieces import Piece, pieces_of
 from mergekit_bayes.lora.variants import initial_move
 from mergekit_bayes.lora.views import Segment, View
 from mergekit_bayes.lora.writers import FOLD
+
+_IN_BLOCK = re.compile(r"\.\d+\..*\.weight$")  # a weight of a numbered block
 
 
 class PlacedLayer(NamedTuple):
@@ -84,7 +88,9 @@ def find_transposed(
 ) -> set[str]:
     """The weights whose matrices are stored as (d_in, d_out), judged by their shapes.
 
-    Square ones are taken to be laid out as the others are, or else as the config says.
+    Square ones are taken to be laid out as the others are, or else as the base's own matrices are
+    whose bias tells their outputs, or else as the config says. A head tells nothing of the others:
+    that of a GPT-2 is an ordinary layer, and where PEFT adapts it, it may write so in the config.
 
     Args:
         specs: What the adapter changes, or replaces, by the view's name.
@@ -114,11 +120,13 @@ def _transposed_matrices(
     is_transposed: dict[str, bool] = {}
     square: list[str] = []
     for name, layer in layers.items():
-        if layer.rows == layer.columns:
-            square.append(name)
-        else:
+        if layer.rows != layer.columns:
             is_transposed[name] = specs[name].shape == (layer.columns, layer.rows)
-    layouts = set(is_transposed.values())
+        elif not is_vocabulary(name):
+            square.append(name)
+    layouts = {yes for name, yes in is_transposed.items() if not is_vocabulary(name)}
+    if square and not layouts:
+        layouts = _layout_by_biases(specs)
     if square and len(layouts) > 1:
         raise ConfigError(
             f"'{adapter.ref}' adapts transposed and ordinary layers, and the square '{square[0]}' "
@@ -128,6 +136,20 @@ def _transposed_matrices(
     square_transposed = layouts.pop() if len(layouts) == 1 else flag
     transposed = {name for name, yes in is_transposed.items() if yes}
     return transposed | (set(square) if square_transposed else set())
+
+
+def _layout_by_biases(specs: Mapping[str, TensorSpec]) -> set[bool]:
+    """Whether a base stores the matrices of its blocks as (d_in, d_out); empty if unknown.
+
+    A bias is as long as the outputs of its matrix are many.
+    """
+    layouts = set()
+    for name, spec in specs.items():
+        bias = specs.get(f"{name.removesuffix('.weight')}.bias")
+        is_matrix = len(spec.shape) == 2 and spec.shape[0] != spec.shape[1]
+        if bias is not None and is_matrix and _IN_BLOCK.search(name):
+            layouts.add(bias.shape == spec.shape[1:])
+    return layouts if len(layouts) == 1 else set()
 
 
 def _transposed_stacks(

@@ -92,6 +92,7 @@ def refuse_misplaced_rows(
             )
         if name in changed and adapter.layers.get(name.removesuffix(".weight")) is not None:
             raise ConfigError(
-                f"'{adapter.ref}' has factors and trained rows of '{name}', which PEFT does not "
-                "combine. Take one of them out."
+                f"'{adapter.ref}' has factors of '{name}', and trained rows of it or of the "
+                "embedding that it is tied to (trainable_token_indices). Such a sum is not read "
+                "here: use the adapter unfolded, or train one of them."
             )

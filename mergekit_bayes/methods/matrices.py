@@ -61,7 +61,7 @@ def rounding_noise(weight: Matrix) -> float:
     """
     rows, columns = weight.shape
     rms = float(np.sqrt(np.mean(np.square(weight))))
-    return float(np.finfo(np.float32).eps * rms * (np.sqrt(rows) + np.sqrt(columns)))
+    return float(np.finfo(np.float32).eps * rms * (rows**0.5 + columns**0.5))
 
 
 def orthonormal(matrix: Matrix) -> Matrix:
