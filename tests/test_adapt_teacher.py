@@ -184,7 +184,7 @@ def test_a_start_that_is_no_whole_model_is_refused(world, tmp_path):
         (str(adapter), "org/base"),
         (f"{world / 'base'}+{adapter}", world / "base"),
     ):
-        message = f"bmerge merge {base}+{adapter} --base {base} --weights uniform"
+        message = f"`bmerge merge {base}+{adapter} -o WHOLE`"
         with pytest.raises(ConfigError, match=re.escape(message)):
             refuse_start(settings(world, model=model))
     with pytest.raises(ConfigError, match=r"no head of a classifier.*bmerge finetune"):

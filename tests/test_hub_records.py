@@ -117,6 +117,7 @@ ADAPTED = {
     "reconstruction_error": 0.125,
     "without_precision": "an adapter",
 }
+EXTRACTED = {"model": "/x/tuned", "base": "org/base", "rank": 4}
 RECORDS = {
     "merge_report.json": REPORT,
     "merge_recipe.yaml": RECIPE,
@@ -132,6 +133,15 @@ RECORDS = {
         "pool": "row",
     },
     "adapt_report.json": ADAPTED,
+    "extract.yaml": EXTRACTED,
+    "extract_report.json": {
+        "version": "0",
+        "unit": "nats",
+        "change": 2.0,
+        "lost": 0.5,
+        "layers": {"h.0.attn": {"rank": 4}},
+        "notes": ["a note on '/x/tuned'"],
+    },
     "adapter_config.json": {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"},
     "config.json": {"architectures": ["GPT2LMHeadModel"], "auto_map": {"AutoModel": "m.M"}},
     "report.json": EVALUATION,
@@ -267,9 +277,12 @@ def test_any_value_at_any_place_of_any_record_gives_a_card_or_one_message(model,
         record = content | {"model_identity": identity} if name == "report.json" else content
         write(name, replaced(record, path, value))
         write("merge_recipe.yaml", RECIPE) if name == "merge_report.json" else None
+        write("extract.yaml", EXTRACTED) if name == "extract_report.json" else None
         card_or_message(model)
         if name == "merge_report.json":
             (model / "merge_recipe.yaml").unlink()
+        if name == "extract_report.json":
+            (model / "extract.yaml").unlink()
         (model / name).unlink()
 
 

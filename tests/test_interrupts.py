@@ -10,6 +10,11 @@ COMMANDS = {
     "inspect": ("mergekit_bayes.inspect.run.run_inspect", ["m"], "starts again"),
     "merge": ("bmerge_cli.merge.plan_merge", ["a", "b"], "starts again"),
     "mix": ("bmerge_cli.mix.run_mix", ["a", "b", "-o", "o"], "starts again"),
+    "extract": (
+        "mergekit_bayes.extract.run.run_extract",
+        ["m", "--base", "b", "-o", "o"],
+        "starts again",
+    ),
     "precision": ("mergekit_bayes.precision.run.run_precision", ["m", "--data", "d"], "again"),
     "evaluate": ("mergekit_bayes.compare.run.run_compare", ["m"], "starts again"),
     "convert": ("mergekit_bayes.convert.run_convert", ["m", "-o", "o"], "starts again"),

@@ -152,4 +152,4 @@ def test_another_base_than_the_recorded_one_is_told(tmp_path):
                     if is_other
                     else nullcontext()
                 ):
-                    refuse_other_base(opened)
+                    refuse_other_base(opened, "add --on-base apply")

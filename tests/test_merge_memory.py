@@ -21,13 +21,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path, fused):
         "from mergekit_bayes.merge import MergeConfig, run_merge\n"
         "run_merge(MergeConfig(models=('a.safetensors','b.safetensors'), base='base.safetensors',"
         f" weights='precision', out='o.safetensors'), fused={fused})\n"
-        f"assert ('numba' in sys.modules) == {fused}\n"
+        f"assert ('llvmlite' in sys.modules) == {fused}\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()).group(1))"
     )
     peaks = []
-    for rows in (64, 4096):
-        folder = tmp_path / str(rows)
+    for rows in (64, 64, 4096):  # the first may compile, which takes memory of its own
+        folder = tmp_path / f"{rows}-{len(peaks)}"
         shapes = {"w": (rows, 4096)}
         for i, name in enumerate(("base", "a", "b")):
             tiny.posterior(
@@ -37,7 +37,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, fused):
             [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
         )
         peaks.append(int(done.stdout) / 1024)
-    assert peaks[1] - peaks[0] < 24, peaks
+    assert peaks[2] - peaks[1] < 24, peaks
 
 
 def test_more_shards_than_the_usual_limit_of_open_files_are_merged(tmp_path):

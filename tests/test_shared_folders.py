@@ -341,6 +341,8 @@ WRITERS = {
     "detox/journey": "in `replacing`, or in `steps`, which make_own_folder has checked",
     "detox/picture": "to the path of `replacing`",
     "entry": "to devices that stand for streams that are closed",
+    "extract/output": "into the folder of `replacing`",
+    "extract/run": "into the folder of `replacing`",
     "evaluate/files": "into the folder of `replacing`",
     "evaluate/panel_locks": "into the folder of `replacing`",
     "finetune/checkpoints": "into the folder of `replacing`",

@@ -230,7 +230,7 @@ class Hook:
         if name == {during!r}:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Hook())
-sys.argv = ["bmerge", "methods"]
+sys.argv = ["bmerge", "merge", "--help"]
 from bmerge_cli.entry import main
 main()
 """

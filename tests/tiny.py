@@ -99,6 +99,11 @@ def posterior(
     return path
 
 
+def read_all(source):
+    """All tensors of a source, by name."""
+    return {name: read_tensor(source, name) for name in source.specs}
+
+
 def info(model, **changes):
     """A record of a precision of the weights in a file or folder."""
     with SafetensorsSource(checkpoint_files(Path(model))) as source:

@@ -1,11 +1,24 @@
 """Commands that are loaded when they are called, so that one does not wait for all the others."""
 
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from importlib import import_module
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
+
+
+def load_named(words: Sequence[str], commands: Collection[str]) -> None:
+    """Load the command that a line calls, while an interrupt still ends the process at once.
+
+    Args:
+        words: The line.
+        commands: The names of all commands.
+    """
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name in commands:
+        import_module(f"bmerge_cli.{name}")
 
 
 class LazyCommand(TyperCommand):

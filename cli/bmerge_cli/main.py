@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bmerge_cli.lazy import LazyCommand
+from bmerge_cli.lazy import LazyCommand, load_named
 from bmerge_cli.render import failures
 from bmerge_cli.terminal import guarded_streams
 from mergekit_bayes import __version__
@@ -32,6 +32,7 @@ COMMANDS = {
     "methods": "List the merging rules and their settings.",
     "finetune": "Fine-tune by IVON; its precision comes with it.",
     "adapt": "Remove and add in a few steps; keep the rest.",
+    "extract": "Turn a tuned or edited model into a LoRA adapter.",
     "precision": "Give an existing checkpoint a precision.",
     "evaluate": "Measure perplexity, toxicity and calibration.",
     "inspect": "Show a model, its precision, and what changed.",
@@ -70,6 +71,7 @@ def main(ready: Callable[[], object] | None = None) -> None:
     if {"-q", "--quiet"} & set(sys.argv) or not sys.stderr.isatty():
         # The Hub's client reads it once, when it is imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    load_named(sys.argv[1:], COMMANDS)
     try:
         with guarded_streams(), failures():
             if ready is not None:

@@ -60,10 +60,19 @@ GROUPS = {
     ),
 }
 
-# What a merge, a fine-tuning run or an adaptation records of itself.
+# What a merge, a fine-tuning run, an adaptation or an extraction records of itself.
 MERGE_REPORT, MERGE_RECIPE, FINETUNE = "merge_report.json", "merge_recipe.yaml", "finetune.yaml"
 ADAPT, ADAPT_REPORT = "adapt.yaml", "adapt_report.json"
-RECORDS = (MERGE_REPORT, MERGE_RECIPE, FINETUNE, ADAPT, ADAPT_REPORT)
+EXTRACT, EXTRACT_REPORT = "extract.yaml", "extract_report.json"
+RECORDS = (
+    MERGE_REPORT,
+    MERGE_RECIPE,
+    FINETUNE,
+    ADAPT,
+    ADAPT_REPORT,
+    EXTRACT,
+    EXTRACT_REPORT,
+)
 MIXTURE = "posterior_mixture.json"  # makes a folder a mixture of posteriors (`posterior/mixture`)
 MEMORY = "memory.jsonl"  # what a model wrote for an adaptation; never published unasked
 

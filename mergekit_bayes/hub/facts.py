@@ -9,15 +9,17 @@ from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.side_files import ADAPT, FINETUNE, MERGE_RECIPE, RECORDS
+from mergekit_bayes.checkpoint.side_files import ADAPT, EXTRACT, FINETUNE, MERGE_RECIPE, RECORDS
 from mergekit_bayes.hub.folder import (
     AdaptRecord,
+    ExtractRecord,
     MergeRecord,
     WrittenRecipe,
     lone_precision_files,
     mapping,
     precision_info,
     read_adaptation,
+    read_extraction,
     read_merge,
     read_record,
     read_written_recipe,
@@ -52,6 +54,8 @@ class Facts:
         finetune: `finetune.yaml`; empty if the folder is not a fine-tune.
         adapt: `adapt.yaml`; empty if the folder is not an adapted model.
         adaptation: `adapt_report.json`, with what it leaves out as if nothing had been done.
+        extract: `extract.yaml`; empty if the folder is not an extracted adapter.
+        extraction: `extract_report.json`, likewise with defaults.
         adapter: `adapter_config.json`; empty for a whole model.
         is_adapter: The weights are those of an adapter.
         parents: The models it was made from.
@@ -74,6 +78,8 @@ class Facts:
     finetune: Mapping[str, object]
     adapt: Mapping[str, object]
     adaptation: AdaptRecord
+    extract: Mapping[str, object]
+    extraction: ExtractRecord
     adapter: Mapping[str, object]
     is_adapter: bool
     parents: tuple[Parent, ...]
@@ -120,7 +126,9 @@ def read_facts(
         contained(folder, file.relative_to(folder))
     report = None if only else read_merge(folder)
     written = WrittenRecipe() if only else read_written_recipe(folder / MERGE_RECIPE)
-    finetune, adapt = ({} if only else read_record(folder / name) for name in (FINETUNE, ADAPT))
+    finetune, adapt, extract = (
+        {} if only else read_record(folder / name) for name in (FINETUNE, ADAPT, EXTRACT)
+    )
     made_from = parents(folder, posterior_only=only_posterior)
     adapter = read_record(folder / "adapter_config.json")
     mean_identity = None
@@ -140,6 +148,8 @@ def read_facts(
         finetune=finetune,
         adapt=adapt,
         adaptation=(None if only else read_adaptation(folder)) or AdaptRecord(),
+        extract=extract,
+        extraction=(None if only else read_extraction(folder)) or ExtractRecord(),
         adapter=adapter,
         is_adapter=bool(adapter) and not (folder / "model.safetensors").exists(),
         parents=made_from,

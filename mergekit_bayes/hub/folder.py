@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mergekit_bayes import documents
 from mergekit_bayes.checkpoint.layout import precision_set
-from mergekit_bayes.checkpoint.side_files import ADAPT_REPORT, MERGE_REPORT
+from mergekit_bayes.checkpoint.side_files import ADAPT_REPORT, EXTRACT_REPORT, MERGE_REPORT
 from mergekit_bayes.documents import (
     SETTINGS,
     DocumentError,
@@ -101,6 +101,25 @@ class AdaptRecord(_Record):
     without_precision: str | None = None
 
 
+class LayerRecord(_Record):
+    """A layer in `extract_report.json`, as far as a card shows it."""
+
+    rank: int = 0
+
+
+class ExtractRecord(_Record):
+    """`extract_report.json`, as far as a card shows it."""
+
+    version: str = ""
+    unit: str = "squared weights"
+    change: float = 0.0
+    lost: float = 0.0
+    norm: float = 0.0
+    lost_norm: float = 0.0
+    layers: dict[str, LayerRecord] = {}
+    notes: list[str] = []
+
+
 def read_record(file: Path) -> dict[str, object]:
     """The content of a JSON or YAML file; empty if the file does not exist.
 
@@ -165,6 +184,16 @@ def read_adaptation(folder: Path) -> AdaptRecord | None:
     """
     file = folder / ADAPT_REPORT
     return documents.read_record(AdaptRecord, file) if file.exists() else None
+
+
+def read_extraction(folder: Path) -> ExtractRecord | None:
+    """What a folder's `extract_report.json` says; None without one.
+
+    Raises:
+        CheckpointError: The file cannot be read, or a value in it has another type.
+    """
+    file = folder / EXTRACT_REPORT
+    return documents.read_record(ExtractRecord, file) if file.exists() else None
 
 
 def texts(value: object) -> tuple[str, ...]:

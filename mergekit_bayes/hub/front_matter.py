@@ -20,7 +20,7 @@ from mergekit_bayes.documents import parse_yaml
 from mergekit_bayes.hub.facts import Facts
 from mergekit_bayes.hub.folder import mapping
 from mergekit_bayes.hub.markdown import one_line
-from mergekit_bayes.hub.parents import adapter_base
+from mergekit_bayes.hub.parents import TUNED, adapter_base
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -54,7 +54,8 @@ def front_matter(facts: Facts) -> tuple[Fields, tuple[str, ...]]:
     """The fields that a folder's facts give, without the licence, and notes for the user."""
     from huggingface_hub import ModelCardData
 
-    bases = list(dict.fromkeys(p.repo for p in facts.parents if p.repo is not None))
+    found = (p.repo for p in facts.parents if p.repo is not None and p.role != TUNED)
+    bases = list(dict.fromkeys(found))
     if facts.is_adapter and facts.report is not None:
         base = adapter_base(facts.adapter)
         if base is not None and base.repo and base.repo not in bases:

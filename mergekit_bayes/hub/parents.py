@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.layout import precision_files
-from mergekit_bayes.checkpoint.side_files import ADAPT, FINETUNE, MERGE_RECIPE
+from mergekit_bayes.checkpoint.side_files import ADAPT, EXTRACT, FINETUNE, MERGE_RECIPE
 from mergekit_bayes.hub.folder import (
     MergedModel,
     MergeRecord,
@@ -18,6 +18,7 @@ from mergekit_bayes.hub.folder import (
     texts,
 )
 
+TUNED = "extracted from"  # role of the model whose change an adapter is
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPO = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -26,8 +27,9 @@ class Parent(NamedTuple):
     """A model that this one was made from: a local one, or one on the Hub.
 
     Attributes:
-        role: `base`, `task`, `adapter`, or `model` (the model of a posterior); of a model that was
-            merged before, with that merge's name behind it, `task of NAME`.
+        role: `base`, `task`, `adapter`, `model` (the model of a posterior), or `extracted from`
+            (the tuned model of an adapter); of a model that was merged before, with that merge's
+            name behind it, `task of NAME`.
         scale: Its scale in the merge; None where there is none.
         path: Local folder or file; None for a model on the Hub.
         repo: `org/name` on the Hub; None for a local model.
@@ -80,8 +82,17 @@ def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]
     for name in (FINETUNE, ADAPT):
         if model := text_or_none(read_record(folder / name).get("model")):
             return tuple(named_parents(model, "base", None, None))
+    if refs := _extracted(read_record(folder / EXTRACT)):
+        return refs
     base = adapter_base(read_record(folder / "adapter_config.json"))
     return () if base is None else (base,)
+
+
+def _extracted(settings: Mapping[str, object]) -> tuple[Parent, ...]:
+    """The base of an extracted adapter, and the tuned model; empty of anything else."""
+    refs = {"base": settings.get("base"), TUNED: settings.get("model")}
+    named = [(role, ref) for role, value in refs.items() if (ref := text_or_none(value))]
+    return tuple(parent for role, ref in named for parent in named_parents(ref, role, None, None))
 
 
 def _before_stages(

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 
 import yaml
 
-from mergekit_bayes.checkpoint.side_files import ADAPT, FINETUNE, MERGE_RECIPE
+from mergekit_bayes.checkpoint.side_files import ADAPT, EXTRACT, FINETUNE, MERGE_RECIPE
 from mergekit_bayes.hub.adaptation import adaptation
 from mergekit_bayes.hub.commands import further_section, posterior_code, use_section
+from mergekit_bayes.hub.extraction import extraction
 from mergekit_bayes.hub.facts import Facts
 from mergekit_bayes.hub.folder import MergedModel, MergeRecord
 from mergekit_bayes.hub.local_paths import published_recipe, without_paths
 from mergekit_bayes.hub.markdown import block, code, one_line, table, text
+from mergekit_bayes.hub.parents import TUNED
 from mergekit_bayes.posterior import PosteriorInfo
 from mergekit_bayes.posterior.wording import (
     anchor_in_words,
@@ -71,7 +73,9 @@ def _parts(facts: Facts) -> Iterator[str]:
         yield "Notes of the merge:\n\n" + "\n".join(f"- {note}" for note in notes)
     if facts.adapt:
         yield adaptation(facts)
-    if facts.recipe or facts.finetune or facts.adapt:
+    if facts.extract:
+        yield extraction(facts)
+    if facts.recipe or facts.finetune or facts.adapt or facts.extract:
         yield _recipe(facts)
     yield use_section(facts)
     if facts.has_posterior:
@@ -105,6 +109,13 @@ def _how_it_was_made(facts: Facts) -> str:
         return (
             f"{title}{tool} adapted {what}with {optimizer}: rows were removed or added in a few "
             "steps, and the rest was held where it was (a K-prior)."
+        )
+    if facts.extract:
+        tuned = next((p.title for p in facts.parents if p.role == TUNED), "a tuned model")
+        version = one_line(text(facts.extraction.version), 40)
+        return (
+            f"{title}{tool} {version} took the change of {code(tuned)} from its base as an adapter "
+            "(LoRA): nothing was trained here."
         )
     if facts.only_posterior:
         return (
@@ -164,7 +175,12 @@ def _merge_numbers(report: MergeRecord) -> Iterator[str]:
 
 
 def _recipe(facts: Facts) -> str:
-    named = ((MERGE_RECIPE, facts.recipe), (FINETUNE, facts.finetune), (ADAPT, facts.adapt))
+    named = (
+        (MERGE_RECIPE, facts.recipe),
+        (FINETUNE, facts.finetune),
+        (ADAPT, facts.adapt),
+        (EXTRACT, facts.extract),
+    )
     name, settings = next((name, content) for name, content in named if content)
     documents = (*facts.earlier_recipes, settings) if name == MERGE_RECIPE else (settings,)
     content = [published_recipe(document, facts.parents) for document in documents]

@@ -26,10 +26,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mergekit_bayes.code_cache import code_folder
+from mergekit_bayes.documents import DocumentError, read_bytes, read_text
 
 Code: TypeAlias = Callable[[list[Any]], None]  # called with the values of `flatten`
 
 _ENTRY = "bmerge_entry"
+_LARGEST = 16 << 20  # bytes of kept code; those of 24 models have less than 1 MB
 _DIGEST = hashlib.sha256().digest_size
 # Of the reference counts of arrays, which these functions only lend: it is never reached.
 _NEVER_CALLED = "NRT_MemInfo_call_dtor"
@@ -59,8 +61,8 @@ def find(name: str, layout: str) -> Code | None:
     """
     file = _file_of(name, layout)
     try:
-        content = file.read_bytes() if file is not None else b""
-    except OSError:
+        content = read_bytes(file, _LARGEST) if file is not None else b""
+    except (OSError, DocumentError):
         return None
     digest, code = content[:_DIGEST], content[_DIGEST:]
     if not code or hashlib.sha256(code).digest() != digest:
@@ -153,14 +155,14 @@ def _circumstances() -> tuple[str, ...]:
     numba = find_spec("numba")
     origin = Path(numba.origin) if numba is not None and numba.origin is not None else None
     version = origin.parent / "_version.py" if origin is not None else None
-    compiler = version.read_text() if version is not None and version.exists() else str(origin)
+    compiler = read_text(version) if version is not None and version.exists() else str(origin)
     return (
         compiler,
         llvmlite.__version__,
         llvmlite.binding.get_process_triple(),
         llvmlite.binding.get_host_cpu_name(),
         llvmlite.binding.get_host_cpu_features().flatten(),
-        hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        hashlib.sha256(read_bytes(Path(__file__))).hexdigest(),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FunctionType, NoneType
 from typing import Any
 
+from mergekit_bayes.documents import DocumentError, read_bytes
 from mergekit_bayes.gaussian import constant, select
 from mergekit_bayes.methods.base import Method
 
@@ -66,6 +67,6 @@ def _source(module: str) -> bytes | None:
         else:
             spec = find_spec(module)
             file = None if spec is None else spec.origin
-        return None if file is None else Path(file).read_bytes()
-    except (OSError, AttributeError, ValueError, ImportError):
+        return None if file is None else read_bytes(Path(file))
+    except (OSError, DocumentError, AttributeError, ValueError, ImportError):
         return None

@@ -6,6 +6,7 @@ the vocabulary was resized, such a head has other rows than the embedding, and t
 both.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from mergekit_bayes.lora.writers import FOLD
 from mergekit_bayes.posterior import Posterior
 
 _WITHOUT_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")  # names of the modules that it looks for
 _USUAL_HEAD = "lm_head.weight"  # of a model for causal language modelling
 _SAVE = "Save it again with `model.save_pretrained(OUT, save_embedding_layers=True)`. Or: "
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name
@@ -118,14 +120,25 @@ def _kept_heads(base: Posterior, mean: AdaptedSource) -> dict[str, str]:
 def _is_kept_tied(mean: AdaptedSource, embedding: str) -> bool:
     """Whether PEFT keeps a head tied to a changed embedding (`ensure_weight_tying`).
 
-    It looks for modules of two names (PEFT 0.21), not for parameters, and else only warns.
+    It does where the config itself names a module of two names, among those that are saved or, if
+    none is there, among the targets (PEFT 0.21). Parameters are never tied; else it only warns.
     """
+    config: Mapping[str, object] = mean.adapter.config
     placed = mean.adapted.get(embedding)
-    return (
-        bool(mean.adapter.config.get("ensure_weight_tying"))
-        and embedding.split(".")[-2:-1] in (["embed_tokens"], ["lm_head"])
-        and not (placed is not None and placed.layer.is_parameter)
-    )
+    if not config.get("ensure_weight_tying") or (placed is not None and placed.layer.is_parameter):
+        return False
+    is_saved = _names_an_embedding(config.get("modules_to_save"))
+    if placed is None:
+        return is_saved
+    return not is_saved and _names_an_embedding(config.get("target_modules"))
+
+
+def _names_an_embedding(modules: object) -> bool:
+    """Whether a list of modules, or a regular expression, names one that PEFT takes for tied."""
+    if isinstance(modules, str):
+        return any(re.fullmatch(modules, name) for name in _TIED_BY_PEFT)
+    names = modules if isinstance(modules, list) else []
+    return any(str(name).rpartition(".")[2] in _TIED_BY_PEFT for name in names)
 
 
 def _usual_ties(changed: Collection[str], shapes: Shapes) -> Iterator[Tie]:

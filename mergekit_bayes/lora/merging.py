@@ -160,7 +160,7 @@ def merge_adapters(
             path=str(out),
             space=space,
             weights=weights,
-            method=rule.method.name if rule is not None else None,
+            method=rule.method.name if rule is not None else "",
             param=dict(rule.settings) if rule is not None else {},
             summary=summarise(space, weights, shares, averaged=merge.averaged, rule=rule),
             formula=formula(space, weights, rule),

@@ -84,8 +84,12 @@ def open_adapted(
     )
 
 
-def refuse_other_base(model: Posterior) -> None:
+def refuse_other_base(model: Posterior, way_out: str | None = None) -> None:
     """Refuse an adapter on another base than the one that its files record.
+
+    Args:
+        model: A model, perhaps `BASE+ADAPTER`.
+        way_out: What to do where these weights are meant.
 
     Raises:
         MismatchError: `model` is `BASE+ADAPTER`, and the hash of the base is not the recorded one.
@@ -95,7 +99,7 @@ def refuse_other_base(model: Posterior) -> None:
         raise MismatchError(
             f"{source.other_base}: the hash of a base that it records is not that of "
             f"{source.base.files[0]}. Name the base that it was trained on, in the dtype that it "
-            "had; or, if these weights are meant, add --on-base apply."
+            f"had{'' if way_out is None else f'; or, if these weights are meant, {way_out}'}."
         )
 
 

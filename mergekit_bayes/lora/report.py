@@ -113,7 +113,7 @@ class AdapterReport(Frozen):
         path: The folder written.
         space: The space in which changes were added.
         weights: What weighed them.
-        method: In core space, the method that merged them; None elsewhere.
+        method: In core space, the method that merged them; empty elsewhere.
         param: Its settings.
         summary: What the merge did, in one line.
         formula: The formula of that space and weights.
@@ -133,7 +133,7 @@ class AdapterReport(Frozen):
     path: str
     space: Space
     weights: Weights
-    method: str | None = None
+    method: str = ""
     param: dict[str, float | str] = {}
     summary: str = ""
     formula: str
@@ -151,4 +151,4 @@ class AdapterReport(Frozen):
     @property
     def is_a_sum(self) -> bool:
         """Whether the merged change is the sum of the scaled changes, but for its rank."""
-        return self.weights == "uniform" and self.method in (None, USUAL.name)
+        return self.weights == "uniform" and self.method in ("", USUAL.name)

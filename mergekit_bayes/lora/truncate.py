@@ -138,19 +138,35 @@ def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
     Raises:
         CheckpointError: The matrix is beyond float32.
     """
-    width = (_POWERS + 1) * (rank + _OVERSAMPLING)
-    if min(matrix.shape) <= max(_DENSE, width):
-        u, sigma, v = _svd(matrix.astype(np.float64))
-    else:
-        q = _krylov(matrix, rank + _OVERSAMPLING, np.random.default_rng(seed))
-        u, sigma, v = _svd((q.T @ matrix).astype(np.float64))
-        u = q @ u
+    u, sigma, v = leading_directions(matrix, rank, seed)
     factors = _factors(u, sigma, v, rank)
     norm = float(np.linalg.norm(matrix))
     lacking = np.hypot.reduce(
         [np.linalg.norm(rows - b @ factors.a) for rows, b in _blocks(matrix, factors.b)]
     )
     return Truncated(factors, float(lacking) / norm if norm else 0.0, norm)
+
+
+def leading_directions(matrix: Array, rank: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    """The largest singular values of a matrix and their directions; near them if it is large.
+
+    Args:
+        matrix: float32 or float64, shape (d_out, d_in).
+        rank: How many are needed. There are more of them, which are further from the true ones.
+        seed: Seed of the Krylov method's first block.
+
+    Returns:
+        U (d_out, k), the singular values (k,) in descending order, and V' (k, d_in).
+
+    Raises:
+        CheckpointError: The matrix is beyond float32.
+    """
+    width = (_POWERS + 1) * (rank + _OVERSAMPLING)
+    if min(matrix.shape) <= max(_DENSE, width):
+        return _svd(matrix.astype(np.float64))
+    q = _krylov(matrix, rank + _OVERSAMPLING, np.random.default_rng(seed))
+    u, sigma, v = _svd((q.T @ matrix).astype(np.float64))
+    return q @ u, sigma, v
 
 
 def _thin_norm(left: Array, right: Array) -> float:

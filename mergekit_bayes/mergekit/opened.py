@@ -13,6 +13,7 @@ from mergekit_bayes.mergekit.roles import Part
 from mergekit_bayes.mergekit.stages import place_of
 from mergekit_bayes.mergekit.token_plans import tokens_of
 from mergekit_bayes.plan.inputs import Input, Inputs
+from mergekit_bayes.plan.own_base import ON_OTHER_BASE
 from mergekit_bayes.plan.plan import refuse_incomplete
 from mergekit_bayes.plan.unions import TokenPlan
 from mergekit_bayes.posterior import Posterior
@@ -65,7 +66,7 @@ def open_models(
                 raise type(error)(f"{recipe.label}: {key}: {error}") from None
             refuse_incomplete(by_name[name])
             if not on_other_base:
-                refuse_other_base(by_name[name])
+                refuse_other_base(by_name[name], ON_OTHER_BASE)
     base: Input | None = None
     of_name: dict[str, Input] = {}
     tasks: list[Input] = []

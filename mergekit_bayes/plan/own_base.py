@@ -4,6 +4,8 @@ from mergekit_bayes.lora import split_ref
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan.settings import MergeConfig
 
+ON_OTHER_BASE = "add --on-base apply"  # what to do where an adapter is meant for another base
+
 
 def on_own_base(config: MergeConfig) -> MergeConfig:
     """The settings with the base of the only model, `BASE+ADAPTER`, where none is named.

@@ -31,7 +31,7 @@ from mergekit_bayes.plan.options import (
     parse_shrink,
 )
 from mergekit_bayes.plan.outputs import choose_target, split_shards
-from mergekit_bayes.plan.own_base import on_own_base
+from mergekit_bayes.plan.own_base import ON_OTHER_BASE, on_own_base
 from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.side_files import SideFileChoice, refuse_links
@@ -247,7 +247,7 @@ def _open_inputs(
     for model in inputs:
         refuse_incomplete(model.posterior)
         if config.on_base == "error":
-            refuse_other_base(model.posterior)
+            refuse_other_base(model.posterior, ON_OTHER_BASE)
     return inputs
 
 

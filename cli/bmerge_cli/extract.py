@@ -1,0 +1,99 @@
+"""`bmerge extract`: the change of a fine-tune or an edit as a LoRA adapter."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from bmerge_cli import values
+from bmerge_cli.delivery import PushTo, delivering
+from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
+from bmerge_cli.render import Json, Quiet, console, failures, steps_bar, table
+from mergekit_bayes.extract.settings import ExtractConfig
+
+if TYPE_CHECKING:
+    from mergekit_bayes.extract import ExtractedLayer, ExtractReport
+
+NAME = "extract"
+
+
+@failures()
+@flags_of(
+    ExtractConfig,
+    argument("model"),
+    option("base"),
+    option("out", "--out", "-o"),
+    option("rank", low=1),
+    option("tolerance"),
+    option("weights"),
+    option("precision"),
+    option("sweeps", low=0),
+    option("embeddings"),
+    option("rest"),
+    option("dtype", read=values.dtype),
+    option("force"),
+)
+def command(
+    settings: Settings, push_to: PushTo = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Write what a tuned or edited model changed of its base as a LoRA adapter, which PEFT loads.
+
+    The change of each linear layer becomes two factors of a small rank. Where MODEL has a precision
+    it weighs the entries, so that as little as possible of the loss is lost, and what is lost is
+    told in its unit (nats). An edit, such as `bmerge adapt` or a removal by `bmerge merge`, can so
+    be shipped beside its base, and undone by unloading it.
+
+    Left out, and told with their share: embeddings and heads without --embeddings, norms, biases
+    and other tensors without --rest.
+    """
+    screen = console(quiet=quiet)
+    with delivering(push_to, settings.get("out")) as delivery:
+        if delivery.out is not None:
+            settings["out"] = delivery.out
+        config = parse_flags(ExtractConfig, settings, "bmerge extract")
+        from mergekit_bayes.extract.run import run_extract
+
+        with steps_bar(console(quiet=quiet or as_json)) as advance:
+            report = run_extract(config, progress=lambda done, of: advance("extracting", done, of))
+        _show(screen, report)
+        delivery.finish(report, report.path, screen, as_json=as_json, quiet=quiet)
+
+
+def _show(screen: Console, report: "ExtractReport") -> None:
+    is_weighed = report.unit != "squared weights"
+    unit = report.unit if is_weighed else "squared change"
+    columns = ["layers", "modules", "rank", f"{unit} without", f"{unit} lost", "lost", "norm lost"]
+    rows = list(_rows(report.layers.items()))
+    screen.print(table(columns, rows))
+    share = f" ({report.lost / report.change:.2%})" if report.change > 0 else ""
+    what = f"{report.change:.4g} {unit} in all, {report.lost:.4g} lost{share}"
+    screen.print(
+        f"{what}; {report.parameters:,} numbers; {report.unchanged} tensors are unchanged",
+        markup=False,
+    )
+    for note in report.notes:
+        screen.print(f"note: {note}", markup=False)
+
+
+def _rows(layers: "Iterable[tuple[str, ExtractedLayer]]") -> Iterator[list[str]]:
+    """One row for each kind of module, by the last part of its name."""
+    groups: dict[str, list[ExtractedLayer]] = defaultdict(list)
+    for module, layer in layers:
+        groups[module.rpartition(".")[2]].append(layer)
+    for kind, members in groups.items():
+        ranks = [layer.rank for layer in members]
+        change = sum(layer.change or 0.0 for layer in members)
+        lost = sum(layer.lost or 0.0 for layer in members)
+        norm = sum(layer.norm**2 for layer in members) ** 0.5
+        lost_norm = sum(layer.lost_norm**2 for layer in members) ** 0.5
+        is_one = min(ranks) == max(ranks)
+        yield [
+            kind,
+            str(len(members)),
+            str(ranks[0]) if is_one else f"{min(ranks)} to {max(ranks)}",
+            f"{change:.4g}",
+            f"{lost:.4g}",
+            f"{lost / change:.2%}" if change > 0 else "-",
+            f"{lost_norm / norm:.2%}" if norm > 0 else "-",
+        ]

@@ -1,0 +1,86 @@
+"""What the report of an extraction says beside its numbers."""
+
+from collections.abc import Iterator
+
+from mergekit_bayes.extract.changes import Models
+from mergekit_bayes.extract.output import Extra
+from mergekit_bayes.extract.precisions import NATS
+from mergekit_bayes.extract.report import ExtractReport, OtherChange
+
+_LISTED = 3  # names in a note
+
+
+def notes_of(models: Models, report: ExtractReport, extra: Extra) -> Iterator[str]:
+    """Remarks on what the adapter leaves out, and on how PEFT loads and unloads it."""
+    yield from models.pairing.notes
+    for model in (models.tuned, models.base):
+        yield from model.mean.notes if model.parts else ()
+    if models.base.parts:
+        yield (
+            f"'{report.base}' is a base with an adapter, and PEFT needs one folder: fold it by "
+            f"`bmerge merge {report.base} -o FOLDED`, and load this adapter on that"
+        )
+    if models.tuned.precision is not None and models.tuned.precision.is_computed:
+        yield (
+            f"the precision of '{report.model}' follows from its adapter's factors and is one of "
+            "single entries, which overstates the loss"
+        )
+    yield from _on_units(models, report)
+    yield from _on_missing_precisions(models)
+    yield from _on_left_out(report)
+    if extra.whole:
+        yield (
+            f"{len(extra.whole)} modules are stored whole ({_some(list(extra.whole))}). `unload()` "
+            "of PEFT keeps those: to get the base back, call `model.delete_adapter('default')` "
+            "before it"
+        )
+    if extra.tied:
+        yield (
+            f"{_some(list(extra.tied))} follows the adapted embedding (ensure_weight_tying): PEFT "
+            "makes its factors of the embedding's, and warns that they are not in the file. "
+            "`merge_and_unload()` of PEFT 0.21 adds such a change twice: fold with `bmerge merge "
+            "BASE+ADAPTER`"
+        )
+
+
+def _on_units(models: Models, report: ExtractReport) -> Iterator[str]:
+    """What the losses of a report are not, and a precision that does not weigh."""
+    if models.precisions.is_left_out:
+        yield (
+            f"the precision of '{report.model}' is of the inputs of layers alone and does not "
+            "weigh here; --weights precision lets it"
+        )
+    if report.unit == NATS:
+        yield (
+            "losses are those of the precision, to second order at the tuned weights, and weigh "
+            "one choice against another. A whole change costs more, by far where the precision has "
+            "one number an entry: `bmerge evaluate` of BASE+ADAPTER measures it"
+        )
+
+
+def _on_missing_precisions(models: Models) -> Iterator[str]:
+    lacking = models.precisions.lacking
+    if lacking:
+        yield (
+            f"{len(lacking)} changed tensors have no precision, or none above zero "
+            f"({_some(lacking)}): their entries weigh alike, and no loss is told of them"
+        )
+
+
+def _on_left_out(report: ExtractReport) -> Iterator[str]:
+    """One note for each reason why changed tensors are left out."""
+    by_reason: dict[str, dict[str, OtherChange]] = {}
+    for name, other in report.others.items():
+        if not other.stored:
+            by_reason.setdefault(other.why, {})[name] = other
+    for why, members in by_reason.items():
+        loss = sum(other.change or 0.0 for other in members.values())
+        share = f" with {loss / report.change:.2g} of the loss" if report.change > 0 else ""
+        if report.unit == "squared weights":
+            share = f" with {loss / report.change:.2g} of the squared change"
+        yield f"{len(members)} changed tensors are left out{share} ({_some(list(members))}): {why}"
+
+
+def _some(names: list[str]) -> str:
+    more = f", ... {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(f"'{name}'" for name in names[:_LISTED]) + more
