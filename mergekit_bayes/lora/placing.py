@@ -86,7 +86,7 @@ def place_adapter(
     biases = {renaming(f"{x.module}.bias"): x for x in layers.values() if x.bias is not None}
     rows = {renaming(name): trained for name, trained in adapter.rows.items()}
     refuse_misplaced_biases(view, specs, adapter, biases)
-    refuse_misplaced_rows(view, specs, adapter, rows, {*layers, *replaced})
+    refuse_misplaced_rows(view, specs, adapter, rows, layers)
     return Placement(
         placed,
         {view.stored(name): layer for name, layer in biases.items()},
