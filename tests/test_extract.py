@@ -273,7 +273,7 @@ def test_the_report_counts_what_the_adapter_lacks_in_nats(worlds, tmp_path):
     assert report.change == pytest.approx(loss(base), rel=1e-3)
     assert report.lost == pytest.approx(loss(folded(root, root / "out")), rel=1e-3)
     assert report.lost < loss(folded(root, root / "uniform"))
-    assert uniform.unit == "squared weights"
+    assert uniform.unit == "half the squared change"
     assert uniform.precision_identity is None
     norm = sum(float(np.sum((tuned[n].astype(np.float64) - base[n]) ** 2)) for n in tuned)
     assert report.norm == pytest.approx(norm**0.5, rel=1e-4)

@@ -136,9 +136,7 @@ RECORDS = {
     "extract.yaml": EXTRACTED,
     "extract_report.json": {
         "version": "0",
-        "unit": "nats",
-        "change": 2.0,
-        "lost": 0.5,
+        "summary": ["in nats: of '/x/tuned'"],
         "layers": {"h.0.attn": {"rank": 4}},
         "notes": ["a note on '/x/tuned'"],
     },

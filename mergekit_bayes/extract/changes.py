@@ -117,6 +117,7 @@ def read_change(
         return Change(place)
     why = _without_factors(models, name, place.kind, embeddings=embeddings)
     weighting = models.precisions.weighting(models.pairing.tuned[name])
+    unit = models.precisions.unit_of(models.pairing.tuned[name])
     is_known = weighting is not None or not models.precisions.weighs
     by = weighting or uniform((change.shape[0], change.shape[1]))
     if why is None:
@@ -128,6 +129,7 @@ def read_change(
             layer = ExtractedLayer(
                 kind=place.kind.value,
                 rank=found.rank,
+                unit=unit,
                 change=found.change if is_known else None,
                 lost=found.lost if is_known else None,
                 norm=found.norm,
@@ -139,7 +141,7 @@ def read_change(
     loss = by.loss(change) if is_known else None
     norm = float(np.sqrt(2 * half_square(change)))
     is_whole = place.kind is Kind.WHOLE
-    other = OtherChange(why=why, stored=is_whole, change=loss, norm=norm)
+    other = OtherChange(why=why, stored=is_whole, unit=unit, change=loss, norm=norm)
     return Change(place, other=other)
 
 

@@ -31,9 +31,10 @@ from mergekit_bayes.extract.output import (
     write_tensors,
 )
 from mergekit_bayes.extract.precisions import Precisions
-from mergekit_bayes.extract.report import ExtractedLayer, ExtractReport, OtherChange
+from mergekit_bayes.extract.report import ExtractedLayer, ExtractReport, Losses, OtherChange
 from mergekit_bayes.extract.rest import Rest, store_rest
 from mergekit_bayes.extract.settings import RANK, ExtractConfig
+from mergekit_bayes.extract.totals import losses_of, summary_of
 from mergekit_bayes.lora import split_ref
 from mergekit_bayes.posterior import identify
 from mergekit_bayes.records import Progress
@@ -133,11 +134,11 @@ def _write(
     parameters = write_tensors(models, spool, extra, partial)
     write_config(models, spool, extra, config.base, partial)
     copy_documents(models, partial)
-    lost = [layer.lost for layer in layers.values()]
-    lost += [other.change for other in rest.others.values() if not other.stored]
     norms = [layer.lost_norm for layer in layers.values()]
     norms += [other.norm for other in rest.others.values() if not other.stored]
     changed: list[ExtractedLayer | OtherChange] = [*layers.values(), *rest.others.values()]
+    unit, losses = models.precisions.unit, losses_of(layers, rest.others)
+    total = losses.get(unit, Losses(change=0, layers_change=0, layers_lost=0, left_out=0))
     report = ExtractReport(
         path=target,
         model=config.model,
@@ -145,11 +146,14 @@ def _write(
         model_identity=identify(models.tuned.mean, full=False),
         base_identity=identify(models.base.mean),
         precision_identity=models.tuned.precision_identity if models.precisions.weighs else None,
-        unit=models.precisions.unit,
+        unit=unit,
+        observations=models.precisions.observations,
+        observation_unit=models.precisions.observation_unit,
         rank=rank,
         tolerance=config.tolerance,
-        change=sum(each.change or 0.0 for each in changed),
-        lost=sum(each or 0.0 for each in lost),
+        change=total.change,
+        lost=total.layers_lost + total.left_out,
+        losses=losses,
         norm=math.hypot(*(each.norm for each in changed)),
         lost_norm=math.hypot(*norms),
         parameters=parameters,
@@ -157,7 +161,11 @@ def _write(
         layers=layers,
         others=rest.others,
     )
-    return report.model_copy(update={"notes": tuple(notes_of(models, report, extra))})
+    told = {
+        "summary": tuple(summary_of(report)),
+        "notes": tuple(notes_of(models, report, extra)),
+    }
+    return report.model_copy(update=told)
 
 
 def _refuse_nothing(
