@@ -273,6 +273,12 @@ def test_the_report_counts_what_the_adapter_lacks_in_nats(worlds, tmp_path):
     assert report.change == pytest.approx(loss(base), rel=1e-3)
     assert report.lost == pytest.approx(loss(folded(root, root / "out")), rel=1e-3)
     assert report.lost < loss(folded(root, root / "uniform"))
+    (note,) = (note for note in report.notes if "bmerge evaluate" in note)
+    (root / "texts.txt").write_text("alpha beta gamma")
+    names = {"ADAPTER": str(root / "out"), "TEXTS": str(root / "texts.txt")}
+    words = note.partition("`bmerge ")[2].partition("`")[0].split()
+    done = CliRunner().invoke(app, [names.get(word, word) for word in words])
+    assert done.exit_code == 0, done.output
     assert uniform.unit == "half the squared change"
     assert uniform.precision_identity is None
     norm = sum(float(np.sum((tuned[n].astype(np.float64) - base[n]) ** 2)) for n in tuned)

@@ -8,6 +8,7 @@ from mergekit_bayes.extract.precisions import NATS, OUTPUTS, WEIGHTS
 from mergekit_bayes.extract.report import ExtractReport, OtherChange
 from mergekit_bayes.extract.totals import amount, listed
 
+_DATA = {"CAUSAL_LM": "--perplexity TEXTS", "SEQ_CLS": "--classify ROWS"}
 _OF = {NATS: "the loss", OUTPUTS: "the squared outputs", WEIGHTS: "the squared change"}
 
 
@@ -54,8 +55,9 @@ def _on_units(models: Models, report: ExtractReport) -> Iterator[str]:
     if report.unit == NATS:
         yield (
             "losses are those of the precision, to second order at the tuned weights, and weigh "
-            "one choice against another. A whole change costs more, by far where the precision has "
-            "one number an entry: `bmerge evaluate` of BASE+ADAPTER measures it"
+            "one choice against another. What a change really costs may be far from them, most "
+            "where the precision has one number an entry: `bmerge evaluate ADAPTER "
+            f"{_DATA.get(models.modules.task or '', '...')}`, of the adapter's folder, measures it"
         )
 
 
