@@ -216,6 +216,17 @@ def test_biases_that_not_every_layer_has_are_left_out_by_name(worlds, tmp_path):
     assert torch.isfinite(logits(model)).all()
 
 
+def test_biases_beside_adapted_embeddings_are_left_out_with_their_share(worlds, tmp_path):
+    root = worlds("gpt2")
+    report = extract(root, "all", tmp_path / "out", rest=True, embeddings=True)
+    biases = {n: o for n, o in report.others.items() if not o.stored}
+    assert all(n.endswith(".bias") and "embeddings" in o.why for n, o in biases.items())
+    (note,) = (n for n in report.notes if "left out" in n)
+    share = sum(o.change for o in biases.values()) / report.change
+    assert note.startswith(f"{len(biases)} changed tensors are left out with {share:.2%} of the ")
+    assert "without --embeddings" in note
+
+
 def test_a_removal_ships_as_an_adapter_and_is_undone_by_unloading(worlds, tmp_path):
     """`--scale -1` of a task with its precision: weighed, loaded, folded, and unloaded."""
     root, removed, out = worlds("gpt2"), tmp_path / "removed", tmp_path / "out"

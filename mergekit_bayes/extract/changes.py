@@ -19,7 +19,10 @@ from mergekit_bayes.posterior import Posterior
 NEEDS_EMBEDDINGS = "an embedding or a head of the vocabulary: --embeddings adapts them"
 SHARED = "shared by several modules, of which PEFT adapts one"
 BEYOND = "no matrix of a linear layer: --rest stores what PEFT can replace"
-EXPERTS = "a part of the experts, which transformers 5 keeps as parameters of one module"
+EXPERTS = (
+    "a part of the experts, which transformers 5 keeps as parameters of one module: train an "
+    "adapter of them by PEFT (target_parameters), or keep the whole model"
+)
 FOREIGN = "a table or a head whose module PEFT does not adapt, or knows by another name"
 ROUNDING = "no more than rounding, or all within the tolerance"
 
