@@ -196,6 +196,29 @@ def test_the_rank_and_what_is_left_out_are_told_apart(pair):
     assert "1 changed tensor is left out" in " ".join(report.notes)
 
 
+@pytest.mark.parametrize(
+    ("more", "cause"),
+    [({"rank": 1}, "--rank 1"), ({"dtype": "BF16", "tolerance": 1e-6}, "rounding"), ({}, None)],
+)
+def test_a_tolerance_that_is_not_met_is_told_with_its_cause(pair, more, cause):
+    root, base, tuned = pair
+    rng, query = np.random.default_rng(3), "model.layers.0.q_proj.weight"
+    tuned[UP] = base[UP] + rng.normal(size=base[UP].shape).astype(np.float32)
+    tuned[query] = base[query] + np.float32(0.5)  # of rank 1
+    shutil.rmtree(root / "tuned")
+    model(root / "tuned", tuned)
+    report = extract(root, **{"tolerance": 0.01, **more})
+    notes = [note for note in report.notes if "--tolerance" in note]
+    assert len(notes) == (cause is not None)
+    if cause:
+        share = report.layers["model.layers.0.up_proj"].share
+        assert notes[0].startswith(f"{cause} keeps ")
+        assert share > report.tolerance
+        if cause == "--rank 1":
+            assert "keeps 1 of 2 layers above --tolerance 0.01" in notes[0]
+            assert f"'model.layers.0.up_proj' loses most, {share:.2%}" in notes[0]
+
+
 def test_units_of_a_precision_of_inputs_are_never_added(pair):
     """Of matrices in squared outputs, and of what has one number an entry in nats."""
     root, base, tuned = pair
@@ -301,3 +324,4 @@ def test_experts_and_routers_are_left_out_by_name(tmp_path):
     experts = {n: o for n, o in report.others.items() if ".experts." in n}
     assert len(experts) == 2
     assert all("experts" in o.why and not o.stored for o in experts.values())
+    assert any("target_parameters" in n and "whole model" in n for n in report.notes)

@@ -29,6 +29,7 @@ def notes_of(models: Models, report: ExtractReport, extra: Extra) -> Iterator[st
         )
     yield from _on_units(models, report)
     yield from _on_missing_precisions(models)
+    yield from _on_tolerance(report)
     yield from _on_left_out(report)
     if extra.whole:
         yield (
@@ -67,6 +68,27 @@ def _on_missing_precisions(models: Models) -> Iterator[str]:
         yield (
             f"no precision, or none above zero, of {amount(len(lacking), 'changed tensor')} "
             f"({listed(lacking)}): all entries weigh alike there, and no loss is told"
+        )
+
+
+def _on_tolerance(report: ExtractReport) -> Iterator[str]:
+    """The layers that lose more than the tolerance, by the cap of the rank or by rounding."""
+    if report.tolerance is None:
+        return
+    allowed = report.tolerance * (1 + 1e-6)
+    beyond = {name: layer for name, layer in report.layers.items() if layer.share > allowed}
+    capped = {name for name, layer in beyond.items() if layer.rank == report.rank}
+    reasons = {
+        f"--rank {report.rank} keeps": (capped, "A larger rank, or none, meets it"),
+        "rounding keeps": (beyond.keys() - capped, "--dtype F32 rounds least"),
+    }
+    for reason, (names, remedy) in reasons.items():
+        if not names:
+            continue
+        worst = max(names, key=lambda name: beyond[name].share)
+        yield (
+            f"{reason} {len(names)} of {amount(len(report.layers), 'layer')} above --tolerance "
+            f"{report.tolerance:g}; '{worst}' loses most, {beyond[worst].share:.2%}. {remedy}"
         )
 
 

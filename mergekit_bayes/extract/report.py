@@ -32,6 +32,15 @@ class ExtractedLayer(Frozen):
     lost_norm: float
     sweeps: int = 0
 
+    @property
+    def share(self) -> float:
+        """What the rank loses of the layer's loss; of its squares where no precision is known."""
+        if self.change is None or self.lost is None:
+            lost, change = self.lost_norm**2, self.norm**2
+        else:
+            lost, change = self.lost, self.change
+        return lost / change if change > 0 else 0.0
+
 
 class OtherChange(Frozen):
     """A changed tensor that has no factors.
