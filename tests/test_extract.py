@@ -349,6 +349,24 @@ def test_an_adapter_knows_its_base(worlds, tmp_path):
         run_extract(config)
 
 
+@pytest.mark.parametrize("base", ["base", "./base", "base/model.safetensors", "base+first"])
+def test_peft_finds_the_base_from_any_folder(worlds, tmp_path, monkeypatch, base):
+    """A relative path and a file are written as the full path of the folder."""
+    root = worlds("gpt2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(root / "base")
+    extract(root, "tuned", tmp_path / "first", rank=1)
+    run_extract(ExtractConfig(model=str(root / "tuned"), base=base, out="out", rank=2))
+    monkeypatch.chdir(root)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    expected = str((root / "base").resolve())
+    if base == "base+first":
+        expected += f"+{tmp_path / 'first'}"
+    assert config["base_model_name_or_path"] == expected
+    if "+" not in base:
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_a_model_with_an_adapter_is_extracted_as_one(worlds, tmp_path):
     root = worlds("gpt2")
     extract(root, "tuned", tmp_path / "first", rank=2)

@@ -132,7 +132,7 @@ def _write(
     whole = sorted({*whole_modules(models.modules), *rest.whole})
     extra = Extra(whole, rest.biases or None, tied)
     parameters = write_tensors(models, spool, extra, partial)
-    write_config(models, spool, extra, config.base, partial)
+    write_config(models, spool, extra, partial)
     copy_documents(models, partial)
     norms = [layer.lost_norm for layer in layers.values()]
     norms += [other.norm for other in rest.others.values() if not other.stored]
