@@ -1,6 +1,7 @@
 """A change extracted as an adapter: in PEFT the tuned model, and the base again when unloaded."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -395,7 +396,17 @@ def test_a_folder_tells_how_it_was_made_and_so_does_its_card(worlds, tmp_path):
     extract(root, "tuned", tmp_path / "again", rank=2, tolerance=0.9)
     for name in ("adapter_model.safetensors", "adapter_config.json", "extract.yaml"):
         assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    first, line, *_ = (out / "extract.yaml").read_text().splitlines()
+    assert first == "# A record, which no command reads."
+    words = shlex.split(line.removeprefix("# bmerge "))
+    line_again = [str(tmp_path / "by_line") if word == "OUT" else word for word in words]
+    assert CliRunner().invoke(app, line_again).exit_code == 0
+    written = (tmp_path / "by_line" / "adapter_model.safetensors").read_bytes()
+    assert written == (out / "adapter_model.safetensors").read_bytes()
     card = make_card(out, repo="org/removal").text
+    assert "bmerge merge base+org/removal -o whole " in card
+    assert "bmerge extract tuned --base base --rank=2 --tolerance=0.9 --sweeps=8 " in card
+    assert report.summary[0] in card
     assert "took the change of `tuned` from its base" in card
     assert "8 layers, of rank" in card
     assert "`model.unload()` gives the base back, bit for bit" in card

@@ -6,6 +6,7 @@ Tensors are read one by one; memory holds one of them and its factors.
 """
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -201,10 +202,17 @@ def _recipe(config: ExtractConfig, models: Models, report: ExtractReport) -> str
         models.tuned.pinned: report.model_identity.blocks,
         models.base.pinned: report.base_identity.blocks,
     }
-    text = "".join(_comment(config))
+    text = "".join(_comment(config, models))
     return text + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _comment(config: ExtractConfig) -> Iterator[str]:
-    yield "# bmerge extract MODEL --base BASE -o OUT with these settings gives the same adapter\n"
-    yield "# again, from models with these content hashes.\n"
+def _comment(config: ExtractConfig, models: Models) -> Iterator[str]:
+    line = "bmerge extract MODEL --base BASE -o OUT, with these settings,"
+    words = ["bmerge", "extract", models.tuned.pinned, "--base", models.base.pinned]
+    others = {"model", "base", "out", "force"}
+    for name, value in config.model_dump(exclude_defaults=True, exclude=others).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    if (written := shlex.join([*words, "-o", "OUT"])).isprintable():  # or it ends the comment
+        line = written
+    yield f"# A record, which no command reads.\n# {line}\n"
+    yield "# makes the same adapter again, from models with these content hashes.\n"
