@@ -190,9 +190,9 @@ def test_the_rank_and_what_is_left_out_are_told_apart(pair):
     (line,) = report.summary
     rank, left_out = line.split("; ")
     assert rank.startswith("in half the squared change: the rank loses ")
-    assert f"{found.layers_lost:.4g} of {found.layers_change:.4g}" in rank
+    assert f"{found.layers_lost:.4g} of the {found.layers_change:.4g} of 1 stored layer" in rank
     assert f"{found.layers_lost / found.layers_change:.2%}" in rank
-    assert left_out == f"left out: {found.left_out:.4g} of 1 tensor ('{table}')"
+    assert left_out == f"left out: {found.left_out:.4g} in 1 tensor ('{table}')"
     assert "1 changed tensor is left out" in " ".join(report.notes)
 
 

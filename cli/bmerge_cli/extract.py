@@ -40,9 +40,10 @@ def command(
     """Write what a tuned or edited model changed of its base as a LoRA adapter, which PEFT loads.
 
     The change of each linear layer becomes two factors of a small rank. Where MODEL has a precision
-    it weighs the entries, so that as little as possible of the loss is lost, and what is lost is
-    told in its unit (nats). An edit, such as `bmerge adapt` or a removal by `bmerge merge`, can so
-    be shipped beside its base, and undone by unloading it.
+    it weighs the entries, so that the rank loses as little as possible of the loss, and what it
+    loses is told in nats, by the precision: `bmerge evaluate OUT` measures what it costs. An edit,
+    such as `bmerge adapt` or a removal by `bmerge merge`, can so be shipped beside its base, and
+    undone by unloading it.
 
     Left out, and told with their share: embeddings and heads without --embeddings, norms, biases
     and other tensors without --rest.

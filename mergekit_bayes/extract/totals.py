@@ -34,17 +34,16 @@ def summary_of(report: ExtractReport) -> Iterator[str]:
     for unit, losses in report.losses.items():
         clauses = []
         if losses.layers_change > 0:
-            count = sum(layer.unit == unit for layer in report.layers.values())
+            layers = sum(layer.unit == unit for layer in report.layers.values())
             share = losses.layers_lost / losses.layers_change
             clauses.append(
-                f"the rank loses {losses.layers_lost:.4g} of {losses.layers_change:.4g} "
-                f"({share:.2%}) of {amount(count, 'stored layer')}"
+                f"the rank loses {losses.layers_lost:.4g} of the {losses.layers_change:.4g} of "
+                f"{amount(layers, 'stored layer')} ({share:.2%})"
             )
         left_out = _left_out(report, unit)
         if left_out:
-            names = listed(left_out)
-            clauses.append(f"left out: {losses.left_out:.4g} of {amount(len(left_out), 'tensor')}")
-            clauses[-1] += f" ({names})"
+            count = amount(len(left_out), "tensor")
+            clauses.append(f"left out: {losses.left_out:.4g} in {count} ({listed(left_out)})")
         elif nothing:
             clauses.append("nothing is left out")
         measure = ", by the precision and no forecast" if unit == NATS else ""
