@@ -1,6 +1,7 @@
 """A change extracted as an adapter: in PEFT the tuned model, and the base again when unloaded."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,17 @@ def test_biases_that_not_every_layer_has_are_left_out_by_name(worlds, tmp_path):
     assert torch.isfinite(logits(model)).all()
 
 
+def test_biases_beside_adapted_embeddings_are_left_out_with_their_share(worlds, tmp_path):
+    root = worlds("gpt2")
+    report = extract(root, "all", tmp_path / "out", rest=True, embeddings=True)
+    biases = {n: o for n, o in report.others.items() if not o.stored}
+    assert all(n.endswith(".bias") and "embeddings" in o.why for n, o in biases.items())
+    (note,) = (n for n in report.notes if "left out" in n)
+    share = sum(o.change for o in biases.values()) / report.change
+    assert note.startswith(f"{len(biases)} changed tensors are left out with {share:.2%} of the ")
+    assert "without --embeddings" in note
+
+
 def test_a_removal_ships_as_an_adapter_and_is_undone_by_unloading(worlds, tmp_path):
     """`--scale -1` of a task with its precision: weighed, loaded, folded, and unloaded."""
     root, removed, out = worlds("gpt2"), tmp_path / "removed", tmp_path / "out"
@@ -273,7 +285,13 @@ def test_the_report_counts_what_the_adapter_lacks_in_nats(worlds, tmp_path):
     assert report.change == pytest.approx(loss(base), rel=1e-3)
     assert report.lost == pytest.approx(loss(folded(root, root / "out")), rel=1e-3)
     assert report.lost < loss(folded(root, root / "uniform"))
-    assert uniform.unit == "squared weights"
+    (note,) = (note for note in report.notes if "bmerge evaluate" in note)
+    (root / "texts.txt").write_text("alpha beta gamma")
+    names = {"ADAPTER": str(root / "out"), "TEXTS": str(root / "texts.txt")}
+    words = note.partition("`bmerge ")[2].partition("`")[0].split()
+    done = CliRunner().invoke(app, [names.get(word, word) for word in words])
+    assert done.exit_code == 0, done.output
+    assert uniform.unit == "half the squared change"
     assert uniform.precision_identity is None
     norm = sum(float(np.sum((tuned[n].astype(np.float64) - base[n]) ** 2)) for n in tuned)
     assert report.norm == pytest.approx(norm**0.5, rel=1e-4)
@@ -332,6 +350,24 @@ def test_an_adapter_knows_its_base(worlds, tmp_path):
         run_extract(config)
 
 
+@pytest.mark.parametrize("base", ["base", "./base", "base/model.safetensors", "base+first"])
+def test_peft_finds_the_base_from_any_folder(worlds, tmp_path, monkeypatch, base):
+    """A relative path and a file are written as the full path of the folder."""
+    root = worlds("gpt2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(root / "base")
+    extract(root, "tuned", tmp_path / "first", rank=1)
+    run_extract(ExtractConfig(model=str(root / "tuned"), base=base, out="out", rank=2))
+    monkeypatch.chdir(root)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    expected = str((root / "base").resolve())
+    if base == "base+first":
+        expected += f"+{tmp_path / 'first'}"
+    assert config["base_model_name_or_path"] == expected
+    if "+" not in base:
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_a_model_with_an_adapter_is_extracted_as_one(worlds, tmp_path):
     root = worlds("gpt2")
     extract(root, "tuned", tmp_path / "first", rank=2)
@@ -360,7 +396,17 @@ def test_a_folder_tells_how_it_was_made_and_so_does_its_card(worlds, tmp_path):
     extract(root, "tuned", tmp_path / "again", rank=2, tolerance=0.9)
     for name in ("adapter_model.safetensors", "adapter_config.json", "extract.yaml"):
         assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    first, line, *_ = (out / "extract.yaml").read_text().splitlines()
+    assert first == "# A record, which no command reads."
+    words = shlex.split(line.removeprefix("# bmerge "))
+    line_again = [str(tmp_path / "by_line") if word == "OUT" else word for word in words]
+    assert CliRunner().invoke(app, line_again).exit_code == 0
+    written = (tmp_path / "by_line" / "adapter_model.safetensors").read_bytes()
+    assert written == (out / "adapter_model.safetensors").read_bytes()
     card = make_card(out, repo="org/removal").text
+    assert "bmerge merge base+org/removal -o whole " in card
+    assert "bmerge extract tuned --base base --rank=2 --tolerance=0.9 --sweeps=8 " in card
+    assert report.summary[0] in card
     assert "took the change of `tuned` from its base" in card
     assert "8 layers, of rank" in card
     assert "`model.unload()` gives the base back, bit for bit" in card

@@ -11,6 +11,7 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.stamps import ChangedError
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.extract import ExtractConfig, run_extract
+from mergekit_bayes.posterior.factors import Matrices
 from tests import adapters, tiny
 
 SHAPES = {
@@ -166,6 +167,86 @@ def test_tensors_without_a_precision_are_told(pair):
     assert any("q_proj" in note and "no precision" in note for note in report.notes)
 
 
+def squares(after, before, weights=1.0):
+    return 0.5 * float(np.sum(weights * (after.astype(np.float64) - before) ** 2))
+
+
+def test_the_rank_and_what_is_left_out_are_told_apart(pair):
+    """Without a precision: half the squares, as the words say, of the layers and of the rest."""
+    root, base, tuned = pair
+    rng, table = np.random.default_rng(3), "model.embed_tokens.weight"
+    for name in (UP, table):
+        tuned[name] = base[name] + rng.normal(size=base[name].shape).astype(np.float32)
+    shutil.rmtree(root / "tuned")
+    model(root / "tuned", tuned)
+    report = extract(root, rank=1)
+    found = report.losses["half the squared change"]
+    sigma = np.linalg.svd(tuned[UP] - base[UP], compute_uv=False)
+    assert found.layers_change == pytest.approx(0.5 * np.sum(sigma**2), rel=1e-4)
+    assert found.layers_lost == pytest.approx(0.5 * np.sum(sigma[1:] ** 2), rel=1e-4)
+    assert found.left_out == pytest.approx(squares(tuned[table], base[table]), rel=1e-4)
+    assert report.change == pytest.approx(found.layers_change + found.left_out)
+    assert report.lost == pytest.approx(found.layers_lost + found.left_out)
+    (line,) = report.summary
+    rank, left_out = line.split("; ")
+    assert rank.startswith("in half the squared change: the rank loses ")
+    assert f"{found.layers_lost:.4g} of the {found.layers_change:.4g} of 1 stored layer" in rank
+    assert f"{found.layers_lost / found.layers_change:.2%}" in rank
+    assert left_out == f"left out: {found.left_out:.4g} in 1 tensor ('{table}')"
+    assert "1 changed tensor is left out" in " ".join(report.notes)
+
+
+@pytest.mark.parametrize(
+    ("more", "cause"),
+    [({"rank": 1}, "--rank 1"), ({"dtype": "BF16", "tolerance": 1e-6}, "rounding"), ({}, None)],
+)
+def test_a_tolerance_that_is_not_met_is_told_with_its_cause(pair, more, cause):
+    root, base, tuned = pair
+    rng, query = np.random.default_rng(3), "model.layers.0.q_proj.weight"
+    tuned[UP] = base[UP] + rng.normal(size=base[UP].shape).astype(np.float32)
+    tuned[query] = base[query] + np.float32(0.5)  # of rank 1
+    shutil.rmtree(root / "tuned")
+    model(root / "tuned", tuned)
+    report = extract(root, **{"tolerance": 0.01, **more})
+    notes = [note for note in report.notes if "--tolerance" in note]
+    assert len(notes) == (cause is not None)
+    if cause:
+        share = report.layers["model.layers.0.up_proj"].share
+        assert notes[0].startswith(f"{cause} keeps ")
+        assert share > report.tolerance
+        if cause == "--rank 1":
+            assert "keeps 1 of 2 layers above --tolerance 0.01" in notes[0]
+            assert f"'model.layers.0.up_proj' loses most, {share:.2%}" in notes[0]
+
+
+def test_units_of_a_precision_of_inputs_are_never_added(pair):
+    """Of matrices in squared outputs, and of what has one number an entry in nats."""
+    root, base, tuned = pair
+    rng = np.random.default_rng(4)
+    tuned |= {n: t + rng.normal(size=t.shape).astype(np.float32) for n, t in base.items()}
+    entries = {n: p * 1e6 for n, p in tiny.precisions(0, SHAPES).items()}
+    covariance = np.eye(4, dtype=np.float32)[None]
+    precision = entries | {UP: Matrices(covariance)}
+    more = {"estimator": "inputs", "observations": 12.0, "ess": 12.0, "unit": "example"}
+    place = tiny.posterior(root / "o" / "model.safetensors", tuned, precision, **more)
+    (root / "o" / "config.json").write_text(json.dumps(CONFIG))
+    where = str(place.with_suffix(".posterior"))
+    report = extract(root, tuned="o", precision=where, weights="precision", rank=1)
+    outputs, nats = (report.losses[unit] for unit in ("half the squared outputs", "nats"))
+    assert report.unit == "half the squared outputs"
+    assert outputs.change == pytest.approx(squares(tuned[UP], base[UP]), rel=1e-3)
+    assert report.change == outputs.change
+    assert outputs.left_out == 0
+    expected = sum(squares(tuned[n], base[n], entries[n]) for n in SHAPES if n != UP)
+    assert nats.change == pytest.approx(expected, rel=1e-3)
+    assert nats.left_out > 1e3 * report.change
+    first, second = sorted(report.summary, key=lambda line: "nats" in line)
+    assert "summed over 12 examples" in first
+    assert "left out" not in first
+    assert "by the precision and no forecast" in second
+    assert "embed_tokens" in second
+
+
 @pytest.mark.parametrize("out", ["base", "tuned", "."])
 def test_an_input_is_never_replaced(pair, out):
     with pytest.raises(CheckpointError, match=r"input|without a model"):
@@ -221,7 +302,10 @@ def test_the_command_prints_a_table_notes_and_the_folder(pair):
     done = CliRunner().invoke(app, ["extract", *words])
     assert done.exit_code == 0
     assert done.stdout == f"{pair[0] / 'out'}\n"
-    assert "up_proj" in done.stderr
+    lines = done.stderr.splitlines()
+    table = lines[: next(i for i, line in enumerate(lines) if line.startswith("up_proj")) + 1]
+    assert len(table) == 3  # a title, the columns and one row: nothing is folded
+    assert table[0].strip() == "half the squared change"
     quiet = CliRunner().invoke(app, ["extract", *words, "-q", "--force"])
     assert (quiet.stdout, quiet.stderr) == ("", "")
 
@@ -240,3 +324,4 @@ def test_experts_and_routers_are_left_out_by_name(tmp_path):
     experts = {n: o for n, o in report.others.items() if ".experts." in n}
     assert len(experts) == 2
     assert all("experts" in o.why and not o.stored for o in experts.values())
+    assert any("target_parameters" in n and "whole model" in n for n in report.notes)

@@ -284,10 +284,10 @@ def test_zero_precisions_give_finite_factors(tmp_path, form):
 def test_a_precision_of_inputs_weighs_where_it_is_asked_for(tmp_path):
     with stored(tmp_path, STORED["inputs"], estimator="inputs") as model:
         left_out, asked = Precisions(model, None), Precisions(model, "precision")
-        assert (left_out.weighs, left_out.unit) == (False, "squared weights")
+        assert (left_out.weighs, left_out.unit) == (False, "half the squared change")
         assert left_out.is_left_out
         assert left_out.weighting(NAME) is None
-        assert (asked.weighs, asked.unit) == (True, "squared outputs")
+        assert (asked.weighs, asked.unit) == (True, "half the squared outputs")
         assert asked.weighting(NAME) is not None
         assert not asked.is_left_out
 

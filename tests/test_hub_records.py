@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from mergekit_bayes.errors import BmergeError, CheckpointError
+from mergekit_bayes.extract import ExtractConfig
 from mergekit_bayes.hub import make_card, markdown, model_card, parents, plan_push
 from mergekit_bayes.hub.card import is_generated
 from mergekit_bayes.hub.front_matter import join_card, split_card
@@ -117,7 +118,15 @@ ADAPTED = {
     "reconstruction_error": 0.125,
     "without_precision": "an adapter",
 }
-EXTRACTED = {"model": "/x/tuned", "base": "org/base", "rank": 4}
+EXTRACTED = {
+    "model": "/x/tuned",
+    "base": "org/base",
+    "rank": 4,
+    "weights": "uniform",
+    "precision": "/x/y.posterior",
+    "rest": True,
+}
+EXTRACT_FLAGS = {"--base", *(f"--{name}" for name in ExtractConfig.model_fields)}
 RECORDS = {
     "merge_report.json": REPORT,
     "merge_recipe.yaml": RECIPE,
@@ -136,9 +145,7 @@ RECORDS = {
     "extract.yaml": EXTRACTED,
     "extract_report.json": {
         "version": "0",
-        "unit": "nats",
-        "change": 2.0,
-        "lost": 0.5,
+        "summary": ["in nats: of '/x/tuned'"],
         "layers": {"h.0.attn": {"rank": 4}},
         "notes": ["a note on '/x/tuned'"],
     },
@@ -223,9 +230,12 @@ def check_command(line):
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, "#"
     words = list(lexer)
-    assert words[:2] == ["bmerge", "merge"]
+    assert words[:2] in (["bmerge", "merge"], ["bmerge", "extract"])
     assert not [word for word in words if word and set(word) <= set("();<>|&")]
     flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    if words[1] == "extract":
+        assert flags <= EXTRACT_FLAGS
+        return
     assert flags <= {
         "--base",
         "--weights",

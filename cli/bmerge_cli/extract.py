@@ -40,9 +40,10 @@ def command(
     """Write what a tuned or edited model changed of its base as a LoRA adapter, which PEFT loads.
 
     The change of each linear layer becomes two factors of a small rank. Where MODEL has a precision
-    it weighs the entries, so that as little as possible of the loss is lost, and what is lost is
-    told in its unit (nats). An edit, such as `bmerge adapt` or a removal by `bmerge merge`, can so
-    be shipped beside its base, and undone by unloading it.
+    it weighs the entries, so that the rank loses as little as possible of the loss, and what it
+    loses is told in nats, by the precision: `bmerge evaluate OUT` measures what it costs. An edit,
+    such as `bmerge adapt` or a removal by `bmerge merge`, can so be shipped beside its base, and
+    undone by unloading it.
 
     Left out, and told with their share: embeddings and heads without --embeddings, norms, biases
     and other tensors without --rest.
@@ -61,17 +62,18 @@ def command(
 
 
 def _show(screen: Console, report: "ExtractReport") -> None:
-    is_weighed = report.unit != "squared weights"
-    unit = report.unit if is_weighed else "squared change"
-    columns = ["layers", "modules", "rank", f"{unit} without", f"{unit} lost", "lost", "norm lost"]
-    rows = list(_rows(report.layers.items()))
-    screen.print(table(columns, rows))
-    share = f" ({report.lost / report.change:.2%})" if report.change > 0 else ""
-    what = f"{report.change:.4g} {unit} in all, {report.lost:.4g} lost{share}"
-    screen.print(
-        f"{what}; {report.parameters:,} numbers; {report.unchanged} tensors are unchanged",
-        markup=False,
+    from mergekit_bayes.extract.totals import amount, unit_text
+
+    columns = ["layers", "number", "rank", "change", "lost", "share", "norm lost"]
+    for unit in dict.fromkeys(layer.unit for layer in report.layers.values()):
+        members = [(name, layer) for name, layer in report.layers.items() if layer.unit == unit]
+        screen.print(table(columns, list(_rows(members)), title=unit_text(report, unit)))
+    for line in report.summary:
+        screen.print(line, markup=False)
+    unchanged = (
+        f"{report.unchanged:,} tensor{'s are' if report.unchanged != 1 else ' is'} unchanged"
     )
+    screen.print(f"{amount(report.parameters, 'number')} stored; {unchanged}", markup=False)
     for note in report.notes:
         screen.print(f"note: {note}", markup=False)
 
@@ -87,13 +89,14 @@ def _rows(layers: "Iterable[tuple[str, ExtractedLayer]]") -> Iterator[list[str]]
         lost = sum(layer.lost or 0.0 for layer in members)
         norm = sum(layer.norm**2 for layer in members) ** 0.5
         lost_norm = sum(layer.lost_norm**2 for layer in members) ** 0.5
+        is_known = any(layer.change is not None for layer in members)
         is_one = min(ranks) == max(ranks)
         yield [
             kind,
             str(len(members)),
             str(ranks[0]) if is_one else f"{min(ranks)} to {max(ranks)}",
-            f"{change:.4g}",
-            f"{lost:.4g}",
+            f"{change:.4g}" if is_known else "-",
+            f"{lost:.4g}" if is_known else "-",
             f"{lost / change:.2%}" if change > 0 else "-",
             f"{lost_norm / norm:.2%}" if norm > 0 else "-",
         ]

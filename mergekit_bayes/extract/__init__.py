@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING
 from mergekit_bayes.extract.settings import ExtractConfig
 
 if TYPE_CHECKING:
-    from mergekit_bayes.extract.report import ExtractedLayer, ExtractReport, OtherChange
+    from mergekit_bayes.extract.report import ExtractedLayer, ExtractReport, Losses, OtherChange
     from mergekit_bayes.extract.run import run_extract
 
-__all__ = ["ExtractConfig", "ExtractReport", "ExtractedLayer", "OtherChange", "run_extract"]
+__all__ = [
+    "ExtractConfig",
+    "ExtractReport",
+    "ExtractedLayer",
+    "Losses",
+    "OtherChange",
+    "run_extract",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -19,7 +26,7 @@ def __getattr__(name: str) -> object:
         from mergekit_bayes.extract.run import run_extract
 
         return run_extract
-    if name in ("ExtractReport", "ExtractedLayer", "OtherChange"):
+    if name in ("ExtractReport", "ExtractedLayer", "Losses", "OtherChange"):
         from mergekit_bayes.extract import report
 
         return getattr(report, name)

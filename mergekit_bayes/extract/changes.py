@@ -19,7 +19,10 @@ from mergekit_bayes.posterior import Posterior
 NEEDS_EMBEDDINGS = "an embedding or a head of the vocabulary: --embeddings adapts them"
 SHARED = "shared by several modules, of which PEFT adapts one"
 BEYOND = "no matrix of a linear layer: --rest stores what PEFT can replace"
-EXPERTS = "a part of the experts, which transformers 5 keeps as parameters of one module"
+EXPERTS = (
+    "a part of the experts, which transformers 5 keeps as parameters of one module: train an "
+    "adapter of them by PEFT (target_parameters), or keep the whole model"
+)
 FOREIGN = "a table or a head whose module PEFT does not adapt, or knows by another name"
 ROUNDING = "no more than rounding, or all within the tolerance"
 
@@ -117,6 +120,7 @@ def read_change(
         return Change(place)
     why = _without_factors(models, name, place.kind, embeddings=embeddings)
     weighting = models.precisions.weighting(models.pairing.tuned[name])
+    unit = models.precisions.unit_of(models.pairing.tuned[name])
     is_known = weighting is not None or not models.precisions.weighs
     by = weighting or uniform((change.shape[0], change.shape[1]))
     if why is None:
@@ -128,6 +132,7 @@ def read_change(
             layer = ExtractedLayer(
                 kind=place.kind.value,
                 rank=found.rank,
+                unit=unit,
                 change=found.change if is_known else None,
                 lost=found.lost if is_known else None,
                 norm=found.norm,
@@ -139,7 +144,7 @@ def read_change(
     loss = by.loss(change) if is_known else None
     norm = float(np.sqrt(2 * half_square(change)))
     is_whole = place.kind is Kind.WHOLE
-    other = OtherChange(why=why, stored=is_whole, change=loss, norm=norm)
+    other = OtherChange(why=why, stored=is_whole, unit=unit, change=loss, norm=norm)
     return Change(place, other=other)
 
 

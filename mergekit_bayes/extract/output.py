@@ -139,17 +139,19 @@ def write_tensors(models: Models, spool: Spool, extra: Extra, folder: Path) -> i
     return sum(spec.size for spec in specs.values())
 
 
-def write_config(models: Models, spool: Spool, extra: Extra, base: str, folder: Path) -> None:
+def write_config(models: Models, spool: Spool, extra: Extra, folder: Path) -> None:
     """Write `adapter_config.json`, with alpha = r for every module, so that the scaling is 1."""
     ranks = {each.place.module: each.rank for each in spool.factors}
     ranks |= {head: ranks[embedding] for head, embedding in extra.tied.items()}
     most = max(ranks.values(), default=1)
     pattern = _rank_pattern(ranks, most)
-    name, _, revision = base.partition("@") if is_hub_id(base) else (base, "", "")
+    base = models.base
+    parts = [(part.ref, part.path) for part in base.parts or (base,)]
+    revision = base.ref.partition("@")[2] if len(parts) == 1 and is_hub_id(base.ref) else ""
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": models.modules.task,
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": "+".join(_place(*part) for part in parts),
         "revision": revision or None,
         "r": most,
         "lora_alpha": most,
@@ -170,6 +172,13 @@ def write_config(models: Models, spool: Spool, extra: Extra, base: str, folder: 
     if extra.biases is not None:
         config["lora_bias"] = True
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _place(ref: str, path: Path) -> str:
+    """Where PEFT finds a model from any folder: a Hub id, or the full path of its folder."""
+    if is_hub_id(ref):
+        return ref.partition("@")[0]
+    return str((path if path.is_dir() else path.parent).resolve())
 
 
 def copy_documents(models: Models, folder: Path) -> None:

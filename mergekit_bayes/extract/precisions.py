@@ -15,7 +15,7 @@ from mergekit_bayes.posterior.forms import Form, StoredPrecision, by_row
 from mergekit_bayes.posterior.info import INPUTS
 from mergekit_bayes.posterior.stored import StoredPrecisions
 
-NATS, OUTPUTS, WEIGHTS = "nats", "squared outputs", "squared weights"
+NATS, OUTPUTS, WEIGHTS = "nats", "half the squared outputs", "half the squared change"
 _AGAIN = "Make it again with `bmerge precision`, or pass --weights uniform."
 
 
@@ -23,7 +23,9 @@ class Precisions:
     """The precision of a model, on the scale of the loss summed over its observations.
 
     Attributes:
-        unit: The unit of the losses of what has a precision.
+        unit: The unit of the losses of what has a precision; see `unit_of`.
+        observations: Over how many observations it sums, if its record says so.
+        observation_unit: What one of them is.
         lacking: The tensors that were asked for and have none, or nothing but zeros.
         is_left_out: Whether there is a precision that weighs only where that is asked for: one of
             the inputs alone, by which adapters of an encoder cost more than by equal weights.
@@ -59,6 +61,8 @@ class Precisions:
             )
         if info is not None and info.ess:
             self._gain = (info.observations or info.ess) / info.ess
+        self.observations = None if info is None else info.observations or info.ess
+        self.observation_unit = None if info is None else info.unit
         self.unit = OUTPUTS if is_of_inputs else NATS
         if self._source is None:
             self.unit = WEIGHTS
@@ -67,6 +71,22 @@ class Precisions:
     def weighs(self) -> bool:
         """Whether a precision weighs the entries."""
         return self._source is not None
+
+    def unit_of(self, name: str) -> str:
+        """The unit of the losses of one tensor.
+
+        A precision of inputs has matrices for linear layers alone. Of all else it has the curvature
+        of the loss, one number an entry.
+
+        Args:
+            name: The tuned model's name of a tensor.
+        """
+        stored = self._model.renamed_precisions.get(name, name)
+        if self.unit != OUTPUTS or self._source is None or stored not in self._source.specs:
+            return self.unit
+        shape = self._model.mean.specs[name].shape
+        form = StoredPrecision.of(self._source, stored, shape).form
+        return NATS if form <= Form.ENTRY else self.unit
 
     def weighting(self, name: str) -> Weighting | None:
         """How the entries of a tensor weigh; None without a precision, which `lacking` then names.

@@ -12,7 +12,10 @@ from mergekit_bayes.extract.modules import Kind, Modules
 from mergekit_bayes.extract.report import ExtractedLayer, OtherChange
 
 _NO_BIAS = "a bias of an adapted layer, and not every adapted layer has one for lora_bias"
-_EMBEDDED = "a bias of an adapted layer, and PEFT has no lora_bias beside adapted embeddings"
+_EMBEDDED = (
+    "a bias of an adapted layer, and PEFT has no lora_bias beside adapted embeddings: --rest "
+    "stores it without --embeddings"
+)
 _INSIDE = "a parameter of a module with others inside, which PEFT does not replace alone"
 _OF_TABLE = "of a table or head of the vocabulary, which is not stored whole"
 

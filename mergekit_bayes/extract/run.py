@@ -6,6 +6,7 @@ Tensors are read one by one; memory holds one of them and its factors.
 """
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,9 +32,10 @@ from mergekit_bayes.extract.output import (
     write_tensors,
 )
 from mergekit_bayes.extract.precisions import Precisions
-from mergekit_bayes.extract.report import ExtractedLayer, ExtractReport, OtherChange
+from mergekit_bayes.extract.report import ExtractedLayer, ExtractReport, Losses, OtherChange
 from mergekit_bayes.extract.rest import Rest, store_rest
 from mergekit_bayes.extract.settings import RANK, ExtractConfig
+from mergekit_bayes.extract.totals import losses_of, summary_of
 from mergekit_bayes.lora import split_ref
 from mergekit_bayes.posterior import identify
 from mergekit_bayes.records import Progress
@@ -131,13 +133,13 @@ def _write(
     whole = sorted({*whole_modules(models.modules), *rest.whole})
     extra = Extra(whole, rest.biases or None, tied)
     parameters = write_tensors(models, spool, extra, partial)
-    write_config(models, spool, extra, config.base, partial)
+    write_config(models, spool, extra, partial)
     copy_documents(models, partial)
-    lost = [layer.lost for layer in layers.values()]
-    lost += [other.change for other in rest.others.values() if not other.stored]
     norms = [layer.lost_norm for layer in layers.values()]
     norms += [other.norm for other in rest.others.values() if not other.stored]
     changed: list[ExtractedLayer | OtherChange] = [*layers.values(), *rest.others.values()]
+    unit, losses = models.precisions.unit, losses_of(layers, rest.others)
+    total = losses.get(unit, Losses(change=0, layers_change=0, layers_lost=0, left_out=0))
     report = ExtractReport(
         path=target,
         model=config.model,
@@ -145,11 +147,14 @@ def _write(
         model_identity=identify(models.tuned.mean, full=False),
         base_identity=identify(models.base.mean),
         precision_identity=models.tuned.precision_identity if models.precisions.weighs else None,
-        unit=models.precisions.unit,
+        unit=unit,
+        observations=models.precisions.observations,
+        observation_unit=models.precisions.observation_unit,
         rank=rank,
         tolerance=config.tolerance,
-        change=sum(each.change or 0.0 for each in changed),
-        lost=sum(each or 0.0 for each in lost),
+        change=total.change,
+        lost=total.layers_lost + total.left_out,
+        losses=losses,
         norm=math.hypot(*(each.norm for each in changed)),
         lost_norm=math.hypot(*norms),
         parameters=parameters,
@@ -157,7 +162,11 @@ def _write(
         layers=layers,
         others=rest.others,
     )
-    return report.model_copy(update={"notes": tuple(notes_of(models, report, extra))})
+    told = {
+        "summary": tuple(summary_of(report)),
+        "notes": tuple(notes_of(models, report, extra)),
+    }
+    return report.model_copy(update=told)
 
 
 def _refuse_nothing(
@@ -193,10 +202,17 @@ def _recipe(config: ExtractConfig, models: Models, report: ExtractReport) -> str
         models.tuned.pinned: report.model_identity.blocks,
         models.base.pinned: report.base_identity.blocks,
     }
-    text = "".join(_comment(config))
+    text = "".join(_comment(config, models))
     return text + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _comment(config: ExtractConfig) -> Iterator[str]:
-    yield "# bmerge extract MODEL --base BASE -o OUT with these settings gives the same adapter\n"
-    yield "# again, from models with these content hashes.\n"
+def _comment(config: ExtractConfig, models: Models) -> Iterator[str]:
+    line = "bmerge extract MODEL --base BASE -o OUT, with these settings,"
+    words = ["bmerge", "extract", models.tuned.pinned, "--base", models.base.pinned]
+    others = {"model", "base", "out", "force"}
+    for name, value in config.model_dump(exclude_defaults=True, exclude=others).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    if (written := shlex.join([*words, "-o", "OUT"])).isprintable():  # or it ends the comment
+        line = written
+    yield f"# A record, which no command reads.\n# {line}\n"
+    yield "# makes the same adapter again, from models with these content hashes.\n"

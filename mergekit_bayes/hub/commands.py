@@ -3,13 +3,13 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE
 from mergekit_bayes.hub.facts import Facts
-from mergekit_bayes.hub.folder import MergedModel, mapping, texts
+from mergekit_bayes.hub.folder import MergedModel, mapping, text_or_none, texts
 from mergekit_bayes.hub.local_paths import last_parts
 from mergekit_bayes.hub.markdown import block, code, one_line, word
 from mergekit_bayes.hub.parents import named_parents
@@ -18,6 +18,10 @@ from mergekit_bayes.plan import MergeConfig
 
 _MODEL_SETTINGS = ("precision", "isotropic", "observations")  # each of a single model
 _MERGE_SETTINGS = ("counts", "shrink", "pool", "anchor", "only", "on_missing", "vocab", "on_bad")
+_EXTRACT_SETTINGS = (
+    *("rank", "tolerance", "weights", "precision", "sweeps"),
+    *("embeddings", "rest", "dtype"),
+)
 _FLAG = re.compile(r"[a-z]+(-[a-z]+)*")
 _LONGEST_LINE = 1000  # characters
 _AUTO_MODELS = {
@@ -88,6 +92,8 @@ def further_section(facts: Facts) -> str:
         models = " from the same models" if "merge_method" in facts.recipe else ""
         line = f"bmerge merge {MERGE_RECIPE}{needed} -o again"
         commands.append(_Command(line, f"make it again, with the same bytes{models}"))
+    if facts.extract:
+        commands = [*_extracting(facts), *commands]
     # A name that had to be cut names something else.
     commands = [command for command in commands if len(command.line) <= _LONGEST_LINE]
     width = max(len(command.line) for command in commands) if commands else 0
@@ -108,6 +114,32 @@ def _needed(facts: Facts) -> str:
 class _Command(NamedTuple):
     line: str
     comment: str
+
+
+def _extracting(facts: Facts) -> Iterator[_Command]:
+    """How to fold an extracted adapter, and to make it again."""
+    settings = facts.extract
+    refs = (text_or_none(settings.get(name)) for name in ("model", "base"))
+    tuned, base = (_typed(ref, None) if ref else "" for ref in refs)
+    if base and "+" not in base:
+        line = f"bmerge merge {word(f'{base}+{facts.repo}')} -o whole"
+        yield _Command(line, "the base with the change, as one model")
+    if base and tuned:
+        line = (
+            f"bmerge extract {word(tuned)} --base {word(base)}{_extract_flags(settings)} -o again"
+        )
+        yield _Command(line, "make the adapter again")
+
+
+def _extract_flags(settings: Mapping[str, object]) -> str:
+    flags = []
+    for key in _EXTRACT_SETTINGS:
+        value = settings.get(key)
+        if value is True:
+            flags.append(f"--{key}")
+        elif isinstance(value, (str, int, float)) and value is not False:
+            flags.append(f"--{key}={last_parts(value)}")
+    return "".join(f" {shlex.quote(one_line(flag))}" for flag in flags)
 
 
 def _base(facts: Facts) -> str | None:

@@ -111,12 +111,8 @@ class ExtractRecord(_Record):
     """`extract_report.json`, as far as a card shows it."""
 
     version: str = ""
-    unit: str = "squared weights"
-    change: float = 0.0
-    lost: float = 0.0
-    norm: float = 0.0
-    lost_norm: float = 0.0
     layers: dict[str, LayerRecord] = {}
+    summary: list[str] = []
     notes: list[str] = []
 
 
