@@ -1,16 +1,21 @@
 """Adapters that are no plain product, or do not fit their base, are refused by name."""
 
 import json
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import bmerge_cli
+import mergekit_bayes
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.lora import open_adapted, open_adapter, refuse_other_base
+from mergekit_bayes.lora import merge_adapters, open_adapted, open_adapter, refuse_other_base
+from mergekit_bayes.lora.writers import FOLD_ALL
 from mergekit_bayes.posterior import identify
 from tests.adapters import adapter, base, factors, precise
 
@@ -153,3 +158,28 @@ def test_another_base_than_the_recorded_one_is_told(tmp_path):
                     else nullcontext()
                 ):
                     refuse_other_base(opened, "add --on-base apply")
+
+
+def test_advice_to_fold_several_adapters_names_the_base_so_that_they_are_added():
+    folders = [Path(package.__file__).parent for package in (mergekit_bayes, bmerge_cli)]
+    commands = [
+        found
+        for folder in folders
+        for file in folder.rglob("*.py")
+        for found in re.findall(
+            r"`bmerge merge BASE\+\w+ BASE\+[^`]*`", re.sub(r'"\s+f?"', "", file.read_text())
+        )
+    ]
+    assert FOLD_ALL in commands
+    assert [c for c in commands if "--base BASE" not in c and "{base}" not in c] == []
+
+
+def test_adapters_that_need_their_base_are_refused_with_the_command_that_adds_them(tmp_path):
+    refs = [
+        str(adapter(tmp_path / name, factors(1), init_lora_weights="pissa"))
+        for name in ("a", "b c")
+    ]
+    for given, end in ((refs, f"'BASE+{refs[1]}' --base BASE -o OUT`."), (refs[:1], "a -o OUT`.")):
+        with pytest.raises(ConfigError, match="began with pissa") as caught:
+            merge_adapters(given, tmp_path / "out")
+        assert str(caught.value).endswith(end)

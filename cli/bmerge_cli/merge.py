@@ -32,6 +32,7 @@ from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.lora import AdapterReport, is_adapter, merge_adapters
+from mergekit_bayes.lora.writers import FOLD_ALL
 from mergekit_bayes.merge import (
     MergeConfig,
     MergeReport,
@@ -213,7 +214,7 @@ def _merge_and_adapt(
     if out.endswith(".safetensors") or _adapters_alone(config):
         raise ConfigError(
             "--then adapts the merge of whole models in a folder: name one with -o, and the base "
-            "before each adapter (BASE+ADAPTER)."
+            "before each adapter and once more (BASE+ADAPTER --base BASE)."
         )
     words, settings_of_then = [f"model={out}"], read_yaml(then)
     if not _is_one_place(named := settings_of_then.get("model", out), out):
@@ -273,7 +274,7 @@ def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) ->
         raise ConfigError(
             f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, "
             "--scale, --counts, --precision, --space, --rank, --method, --param and --trajectory. "
-            "Put the base before each to merge whole models: BASE+ADAPTER."
+            f"For whole models: {FOLD_ALL}."
         )
     notes: list[str] = []
     config = along_trajectory(config, notes)
@@ -323,7 +324,10 @@ def _predict(
         )
     config = _config(settings)
     if _adapters_alone(config):
-        raise ConfigError("--predict is for whole models: put the base before each adapter.")
+        raise ConfigError(
+            "--predict is for whole models: put the base before each adapter, and name it: "
+            "BASE+A BASE+B --base BASE."
+        )
     if part_of_launcher() is not None:
         raise ConfigError("--predict reads the models in one process. Start it without a launcher.")
     scales = values.vectors(sets, "--predict")

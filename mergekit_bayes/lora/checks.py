@@ -12,6 +12,7 @@ from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG
 from mergekit_bayes.lora.inputs import Space, Weights
 from mergekit_bayes.lora.variants import initial_move
+from mergekit_bayes.lora.writers import FOLD_ALL
 
 
 def check_options(
@@ -39,8 +40,7 @@ def check_options(
     if weights == "precision" and (min(shares) < 0 or not sum(shares)):
         raise ConfigError(
             "--weights precision without a base takes the scales for shares: none below zero, not "
-            "all zero. To remove an adapter, fold: "
-            "`bmerge merge BASE+A BASE+B --base BASE --scale 1 --scale -1`."
+            f"all zero. To remove an adapter, fold, with a scale below zero: {FOLD_ALL}."
         )
     if space == "concat" and weights == "precision":
         raise ConfigError(
@@ -97,11 +97,17 @@ def check_linear(adapters: Sequence[Adapter]) -> None:
             else None
         )
         if reason is not None:
-            ref = shlex.quote(f"BASE+{adapter.ref}")
             raise ConfigError(
                 f"'{adapter.ref}' {reason}: such changes do not add up without the base. Fold "
-                f"it, or merge the folded models: `bmerge merge {ref} -o OUT`."
+                f"instead: `{_fold_of(adapters)}`."
             )
+
+
+def _fold_of(adapters: Sequence[Adapter]) -> str:
+    """The command that adds what these adapters change to their base."""
+    models = (shlex.quote(f"BASE+{adapter.ref}") for adapter in adapters)
+    base = " --base BASE" if len(adapters) > 1 else ""  # else they would be averaged
+    return f"bmerge merge {' '.join(models)}{base} -o OUT"
 
 
 def check_bases(adapters: Sequence[Adapter]) -> list[str]:

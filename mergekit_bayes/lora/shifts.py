@@ -15,6 +15,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.inputs import AdapterMerge, LayerCopy, Layers
 from mergekit_bayes.lora.rules import Rule
+from mergekit_bayes.lora.writers import FOLD_ALL
 
 
 def have_shifts(layers: Layers) -> bool:
@@ -32,8 +33,8 @@ def have_shifts(layers: Layers) -> bool:
         kind = "embedding" if other.is_embedding else "parameter"
         raise ConfigError(
             f"some of these adapters have biases (lora_bias), and others factors of the {kind} "
-            f"'{other.tensor}': PEFT loads no adapter of both. Fold instead: "
-            "`bmerge merge BASE+A BASE+B --base BASE`."
+            f"'{other.tensor}': PEFT loads no adapter of both. Fold "
+            f"instead: {FOLD_ALL}."
         )
     return True
 
@@ -47,7 +48,7 @@ def check_shifts(layers: Layers, rule: Rule) -> None:
     if have_shifts(layers) and not rule.is_a_sum:
         raise ConfigError(
             f"--method {rule.method.name} merges matrices, and some of these adapters have biases "
-            "(lora_bias). Leave --method out, or fold: `bmerge merge BASE+A BASE+B`."
+            f"(lora_bias). Leave --method out, or fold: {FOLD_ALL}."
         )
 
 
