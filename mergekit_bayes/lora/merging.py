@@ -45,7 +45,7 @@ from mergekit_bayes.lora.report import (
     summarise,
 )
 from mergekit_bayes.lora.rules import check_space, choose_rule
-from mergekit_bayes.lora.shifts import check_shifts
+from mergekit_bayes.lora.shifts import check_shifts, note_on_zeros
 from mergekit_bayes.lora.variants import variant_notes
 from mergekit_bayes.posterior.info import note_on_losses
 from mergekit_bayes.recipes import recipe_text
@@ -139,6 +139,7 @@ def merge_adapters(
         notes += [note for a in opened for note in variant_notes(a.config, a.ref)]
         layers, replacements = match_adapters(opened)
         merge = AdapterMerge(opened, shares, counted, weights, seed, rule=rule)
+        notes += [note for note in (note_on_zeros(layers),) if note is not None]
         if space == "factor":
             averaging = choose_averaging(merge, layers)
             notes.append(averaging.reason)

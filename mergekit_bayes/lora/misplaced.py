@@ -18,6 +18,28 @@ def named_base(adapter: Adapter) -> str:
     return f"{CONFIG} names '{adapter.config.get('base_model_name_or_path')}'"
 
 
+def without_zeros(specs: Specs, adapter: Adapter, biases: Mapping[str, Layer]) -> dict[str, Layer]:
+    """The layers with a bias, but for those that add zeros to a module without one.
+
+    PEFT's `lora_bias` is for all layers of an adapter, so that a merge of adapters of which some
+    have biases stores zeros for the layers of the others.
+
+    Args:
+        specs: What the base or the adapter stores, by name.
+        adapter: The adapter.
+        biases: The layers by the bias that theirs is added to.
+
+    Raises:
+        CheckpointError: An entry of such a bias is not finite.
+    """
+
+    def adds(name: str, layer: Layer) -> bool:
+        assert layer.bias is not None
+        return name in specs or bool(adapter.values(layer.bias).any())
+
+    return {name: layer for name, layer in biases.items() if adds(name, layer)}
+
+
 def refuse_misplaced_biases(
     base: View, specs: Specs, adapter: Adapter, biases: Mapping[str, Layer]
 ) -> None:

@@ -39,6 +39,25 @@ def have_shifts(layers: Layers) -> bool:
     return True
 
 
+def note_on_zeros(layers: Layers) -> str | None:
+    """What a report says of biases that no adapter has; None if there are none.
+
+    PEFT's `lora_bias` is for all layers of an adapter, whose modules may have no bias in the base.
+    """
+    if not have_shifts(layers):
+        return None
+    without = [
+        name for name, copies in layers.items() if not any(copy.layer.bias for copy in copies)
+    ]
+    if not without:
+        return None
+    return (
+        f"PEFT's lora_bias is for all layers: zeros are stored for {len(without)} that no adapter "
+        f"has a bias for ('{without[0]}'). Where such a module has no bias in the base, PEFT's "
+        "merge_and_unload() refuses the result; to fold it: `bmerge merge BASE+OUT -o WHOLE`"
+    )
+
+
 def check_shifts(layers: Layers, rule: Rule) -> None:
     """Refuse a method other than a sum where adapters add something to biases.
 
