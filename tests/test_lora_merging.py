@@ -201,7 +201,7 @@ def test_fine_tuned_adapters_open_and_merge_with_the_posteriors_that_training_le
             assert np.isfinite(found).all()
             assert (found > 0).all()
     report = merge_adapters([str(tmp_path / n) for n in "ab"], tmp_path / "ab", weights="precision")
-    assert report.notes == ()
+    assert report.notes == (report.rank_note,)
     assert report.counts[0] == report.counts[1] > 0
     assert load_model(str(tmp_path / "ab")).task == "causal-lm"
     transformers.AutoTokenizer.from_pretrained(tmp_path / "ab")

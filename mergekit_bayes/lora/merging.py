@@ -175,7 +175,7 @@ def merge_adapters(
             layers=done,
             whole=outcomes,
             notes=tuple(notes),
-        )
+        ).with_rank_note()
         (partial / MERGE_REPORT).write_text(report.model_dump_json(indent=2) + "\n")
         pinned = {a.ref: a.posterior.pinned for a in opened}
         posteriors = [a.posterior for a in opened]
