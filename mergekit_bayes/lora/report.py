@@ -96,8 +96,9 @@ class MergedLayer(Frozen):
     Attributes:
         norm: Frobenius norm of the merged change.
         error: Distance of what is stored from the merged change, relative to `norm`: what the rank
-            cuts off (product), rounding (concat, shared factor), or the cross terms of averaged
-            factors (one start).
+            cuts off (product, core), rounding (concat, shared factor), or the cross terms of
+            averaged factors (one start; by precision, the distance from the average of the changes
+            by precision).
         adapters: Number of adapters that hold the layer.
     """
 
