@@ -13,6 +13,7 @@ from mergekit_bayes.lora.config import CONFIG
 from mergekit_bayes.lora.inputs import Space, Weights
 from mergekit_bayes.lora.variants import initial_move
 from mergekit_bayes.lora.writers import FOLD_ALL
+from mergekit_bayes.methods import method_named
 
 
 def check_options(
@@ -21,6 +22,7 @@ def check_options(
     weights: Weights,
     space: Space,
     rank: int | None,
+    method: str | None = None,
 ) -> tuple[float, ...]:
     """Check the settings against each other, and return one scale per adapter.
 
@@ -42,6 +44,8 @@ def check_options(
             "--weights precision without a base takes the scales for shares: none below zero, not "
             f"all zero. To remove an adapter, fold, with a scale below zero: {FOLD_ALL}."
         )
+    if weights == "precision" and method is not None:
+        _refuse_method(method)
     if space == "concat" and weights == "precision":
         raise ConfigError(
             "--space concat is exact task arithmetic and weighs no entries; use --space product."
@@ -58,6 +62,21 @@ def check_options(
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: expected at least 1.")
     return shares
+
+
+def _refuse_method(name: str) -> None:
+    """Refuse a method beside `--weights precision`.
+
+    Raises:
+        ConfigError: Always; the way out depends on whether the method needs precisions itself.
+    """
+    method = method_named(name, with_base=True)  # a misspelt name is the first thing to tell
+    by_equal_weights = f", or --weights precision for {name} by equal weights"
+    raise ConfigError(
+        f"--method {name} and --weights precision are two rules, and adapters alone merge by one. "
+        "Leave out --method for the average by precision"
+        f"{'' if method.needs_precision or method.reads_weights else by_equal_weights}."
+    )
 
 
 def check_output(out: Path, adapters: Sequence[Adapter]) -> None:

@@ -102,7 +102,7 @@ def merge_adapters(
             can be taken.
         PrecisionError: A precision is missing or of another kind.
     """
-    shares = check_options(adapters, scales, weights, space, rank)
+    shares = check_options(adapters, scales, weights, space, rank, method)
     rule = choose_rule(method, param or {}, len(adapters), scales) if space == "core" else None
     if rule is None:
         check_space(method, param or {}, space)
