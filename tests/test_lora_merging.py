@@ -334,3 +334,21 @@ def test_adapters_load_no_heavy_library():
     assert not {"torch", "transformers", "peft", "safetensors", "scipy", "numba"} & set(
         done.stdout.split()
     )
+
+
+@pytest.mark.parametrize("space", ["product", "core"])
+def test_no_rank_is_stored_that_no_layer_can_have(tmp_path, space):
+    made = factors(1, 7)  # above the ranks of all layers, of which the largest is 4
+    refs = [str(adapter(tmp_path / "a", made))]
+    for rank, notes in (
+        (4000, ("rank 4 in place of 4000: no layer has a larger one",)),
+        (None, ()),
+    ):
+        report = merge_adapters(refs, tmp_path / "out", space=space, rank=rank, force=True)
+        assert (report.rank, report.exact_rank, report.notes) == (4, 4, notes)
+        assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 4
+        for module in LAYERS:
+            np.testing.assert_allclose(
+                product(tmp_path / "out", module), product(refs[0], module), atol=1e-4
+            )
+    assert merge_adapters(refs, tmp_path / "factors", space="factor").rank == 7

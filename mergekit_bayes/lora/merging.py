@@ -80,8 +80,8 @@ def merge_adapters(
         weights: `uniform`, or `precision`, which needs a precision of every adapter.
         space: `product`, `concat` (exact, uniform weights only), `factor` or `core` (uniform
             weights only).
-        rank: Rank of the result in product or core space; by default the largest of the adapters'.
-            What a layer does not need of it is zero.
+        rank: Rank of the result in product or core space; by default the largest of the adapters',
+            and at most that of the largest layer. What a layer does not need of it is zero.
         method: In core space, the method by which cores are merged; None for task arithmetic, which
             product space and concatenation are, too.
         param: Settings of the method.
@@ -149,6 +149,8 @@ def merge_adapters(
             merge = merge._replace(facts=measure_cores(merge, layers))
             notes += [note for note in (describe_rule(rule),) if note is not None]
         result_rank = _choose_rank(space, rank, layers)
+        if rank is not None and result_rank < rank:
+            notes.append(f"rank {result_rank} in place of {rank}: no layer has a larger one")
         partial = stack.enter_context(replacing(out, force=force))
         partial.mkdir()
         outcomes = decide_replacements(merge, replacements)
@@ -204,7 +206,10 @@ def _choose_rank(space: Space, rank: int | None, layers: Layers) -> int:
     ranks = [[copy.layer.rank for copy in copies] for copies in layers.values()]
     if space == "concat":
         return max(map(sum, ranks))
-    return rank or max(map(max, ranks))
+    if space == "factor":
+        return max(map(max, ranks))
+    largest = max(min(c[0].layer.rows, c[0].layer.columns) for c in layers.values())
+    return min(rank or max(map(max, ranks)), largest)  # more would be zeros
 
 
 def _exact_rank(merge: AdapterMerge, space: Space, layers: Layers) -> int | None:
