@@ -242,6 +242,14 @@ def test_options_that_contradict_each_other_are_named(tmp_path):
         merge_adapters(refs, out, space="concat", rank=4)
     with pytest.raises(ConfigError, match="3 given for 2"):
         merge_adapters(refs, out, scales=(1, 2, 3))
+    places = {refs[0]: str(tmp_path / "b" / "posterior")}
+    for given in ({"precision": places}, {"counts": "recorded"}):
+        with pytest.raises(ConfigError, match="only matters where precisions weigh"):
+            merge_adapters(refs, out, **given)
+    with pytest.raises(ConfigError, match=r"--precision c=.*no such adapter"):
+        merge_adapters(refs, out, weights="precision", precision={"c": places[refs[0]]})
+    with pytest.raises(PrecisionError, match=r"b/posterior/.*taken at other weights"):
+        merge_adapters(refs, out, weights="precision", precision=places)
     adapter(tmp_path / "c", factors(3))
     with pytest.raises(PrecisionError, match="no precision for"):
         merge_adapters([refs[0], str(tmp_path / "c")], out, weights="precision")
@@ -352,3 +360,18 @@ def test_no_rank_is_stored_that_no_layer_can_have(tmp_path, space):
                 product(tmp_path / "out", module), product(refs[0], module), atol=1e-4
             )
     assert merge_adapters(refs, tmp_path / "factors", space="factor").rank == 7
+
+
+def test_the_file_of_an_adapter_means_its_folder(tmp_path):
+    refs = two(tmp_path)
+    for name, given in (("x", refs), ("y", [f"{ref}/adapter_model.safetensors" for ref in refs])):
+        for count in (1, 2):
+            out = str(tmp_path / f"{name}{count}")
+            done = CliRunner().invoke(app, ["merge", *given[:count], "--rank", "4", "-o", out])
+            assert done.exit_code == 0, done.output
+    for count in (1, 2):
+        one, other = (
+            (tmp_path / f"{name}{count}" / "adapter_model.safetensors").read_bytes()
+            for name in "xy"
+        )
+        assert one == other

@@ -32,6 +32,7 @@ from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.lora import AdapterReport, is_adapter, merge_adapters
+from mergekit_bayes.lora.config import WEIGHTS
 from mergekit_bayes.lora.writers import FOLD_ALL
 from mergekit_bayes.merge import (
     MergeConfig,
@@ -262,9 +263,15 @@ def _config(settings: Settings) -> MergeConfig:
 def _adapters_alone(config: MergeConfig) -> bool:
     if config.base is not None:
         return False
-    return all(is_hub_id(m) or os.path.isdir(os.path.expanduser(m)) for m in config.models) and all(
+    return all(map(_may_be_adapter, config.models)) and all(
         is_adapter(resolve(m, CHECKPOINT)) for m in config.models
     )
+
+
+def _may_be_adapter(ref: str) -> bool:
+    """Whether a model may be an adapter alone: a folder, or the file in it for its folder."""
+    path = Path(os.path.expanduser(ref))
+    return is_hub_id(ref) or path.is_dir() or (path.name == WEIGHTS and path.is_file())
 
 
 def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) -> AdapterReport:

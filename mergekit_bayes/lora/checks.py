@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,42 @@ def check_options(
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: expected at least 1.")
     return shares
+
+
+def check_precision_options(
+    adapters: Sequence[str],
+    weights: Weights,
+    space: Space,
+    counts: Literal["equal", "recorded"],
+    places: Mapping[str, str],
+) -> None:
+    """Refuse options on precisions where none is read, or of other adapters.
+
+    In factor space a precision's record tells with which factors training began.
+
+    Args:
+        adapters: The adapters as given.
+        weights: What weighs changes.
+        space: The space in which they are merged.
+        counts: The numbers of observations for which precisions are counted.
+        places: Other places of precisions, by the adapter.
+
+    Raises:
+        ConfigError: There is such an option.
+    """
+    if weights == "uniform":
+        useless = {"counts": counts != "equal", "precision": bool(places) and space != "factor"}
+        for name in (name for name, is_given in useless.items() if is_given):
+            raise ConfigError(
+                f"--{name} only matters where precisions weigh. Add --weights precision, or drop "
+                "it."
+            )
+    for ref in places:
+        if ref not in adapters:
+            raise ConfigError(
+                f"--precision {ref}=...: no such adapter here. Name it as given: "
+                f"{', '.join(adapters)}"
+            )
 
 
 def _refuse_method(name: str) -> None:

@@ -29,6 +29,7 @@ from mergekit_bayes.lora.checks import (
     check_linear,
     check_options,
     check_output,
+    check_precision_options,
     check_precisions,
 )
 from mergekit_bayes.lora.config import CONFIG
@@ -107,6 +108,7 @@ def merge_adapters(
     if rule is None:
         check_space(method, param or {}, space)
     places = precision or {}
+    check_precision_options(adapters, weights, space, counts, places)
     needs_precision = weights == "precision" or space == "factor"
     with ExitStack() as stack:
         opened: list[Adapter] = []
