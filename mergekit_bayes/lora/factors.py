@@ -19,7 +19,7 @@ from mergekit_bayes.lora.adapter import INITIAL_A
 from mergekit_bayes.lora.inputs import AdapterMerge, LayerCopy, Layers
 from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.lora.products import weighted_change
-from mergekit_bayes.lora.truncate import Truncated, as_stored, measured
+from mergekit_bayes.lora.truncate import Truncated, as_stored, as_stored_dense
 
 _WAY_OUT = "Use --space product, or concat."
 
@@ -123,7 +123,7 @@ def merge_factors(merge: AdapterMerge, rank: int, copies: Sequence[LayerCopy]) -
     if shared is not None:
         return as_stored(merged, rank, merged.b, merged.a)
     if is_weighed:
-        return measured(merged, rank, weighted_change(merge, copies))
+        return as_stored_dense(merged, rank, weighted_change(merge, copies))
     left, right = merge.stacked(copies)
     return as_stored(merged, rank, left / sum(shares), right)
 

@@ -189,8 +189,8 @@ def as_stored(factors: Factors, rank: int, left: Array, right: Array) -> Truncat
     return _measured(columns, core, rows, Factors(a, b), used)
 
 
-def measured(factors: Factors, rank: int, matrix: Array) -> Truncated:
-    """Factors as they are stored, measured against a dense matrix.
+def as_stored_dense(factors: Factors, rank: int, matrix: Array) -> Truncated:
+    """Factors as they are stored, as `as_stored`, with a dense matrix to measure the error against.
 
     Args:
         factors: Factors of at most that rank.
