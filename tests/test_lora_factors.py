@@ -112,3 +112,17 @@ def test_tensors_held_whole_are_kept_if_equal_averaged_by_precision_and_else_ref
     merge_adapters([a, c], tmp_path / "weighted", weights="precision")
     merged = tiny.read(tmp_path / "weighted")["base_model.model.head.weight"]
     np.testing.assert_allclose(merged, heads[0] / 4 + 0.75 * heads[1], rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_adapter_of_scaling_zero_is_known_to_change_nothing(tmp_path):
+    """Its `s B` has no variance, and counts fully by precision, as in product space."""
+    start = factors(0)
+    for t, alpha in enumerate((0, 3)):
+        made = factors(t + 1, same_a=start)
+        adapter(tmp_path / f"a{t}", made, alpha=alpha, precision=precise(made, t))
+    refs = [str(tmp_path / f"a{t}") for t in range(2)]
+    for space in ("factor", "product"):
+        merge_adapters(refs, tmp_path / space, weights="precision", space=space)
+        for module in start:
+            assert np.abs(product(tmp_path / space, module)).max() < 1e-9

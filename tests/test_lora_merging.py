@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.finetune import FinetuneConfig
@@ -23,7 +24,7 @@ from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import identify
 from tests import tiny
-from tests.adapters import LAYERS, adapter, factors, peft_adapter, precise, product
+from tests.adapters import LAYERS, adapter, base, factors, peft_adapter, precise, product
 from tests.reference import lora as twin
 from tests.tiny_models import tiny_gpt2
 
@@ -258,9 +259,26 @@ def test_options_that_contradict_each_other_are_named(tmp_path):
     )
     with pytest.raises(PrecisionError, match="different kinds"):
         merge_adapters([refs[0], str(tmp_path / "e")], out, weights="precision")
-    adapter(tmp_path / "d", factors(3), fan_in_fan_out=True)
-    with pytest.raises(MismatchError, match="fan_in_fan_out"):
-        merge_adapters([refs[0], str(tmp_path / "d")], out)
+
+
+def test_adapters_merge_whatever_their_configs_say_of_the_layout(tmp_path):
+    """PEFT writes `fan_in_fan_out` as the last module needs it; factors are laid out alike."""
+    for seed, name in enumerate("ab"):
+        adapter(tmp_path / name, factors(seed), fan_in_fan_out=bool(seed))
+    merge_adapters([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out", space="concat")
+    for module in LAYERS:
+        expected = product(tmp_path / "a", module) + product(tmp_path / "b", module)
+        np.testing.assert_allclose(product(tmp_path / "out", module), expected, atol=1e-6)
+
+
+def test_adapters_that_record_other_bases_are_refused_though_no_precision_is_read(tmp_path):
+    for seed, name in enumerate("ab"):
+        folder = base(tmp_path / f"base-{name}", "F32" if seed else "BF16")
+        with SafetensorsSource(checkpoint_files(folder)) as source:
+            made, info = factors(seed), {"base": identify(source)}
+            adapter(tmp_path / name, made, precision=precise(made, seed), info=info)
+    with pytest.raises(MismatchError, match="were trained on different weights"):
+        merge_adapters([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out")
 
 
 def test_adapters_whose_precisions_are_of_different_losses_are_told(tmp_path):

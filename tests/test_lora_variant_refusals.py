@@ -231,15 +231,19 @@ def test_an_embedding_and_a_head_that_are_kept_tied_and_were_trained_apart_are_r
         open_adapted(f"{bases / 'tied'}+{folder}")
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
 @pytest.mark.parametrize("is_stored", [False, True])
-def test_factors_of_a_head_whose_embedding_has_trained_rows_are_refused(tmp_path, bases, is_stored):
+def test_factors_of_a_head_whose_embedding_has_trained_rows_are_refused(
+    tmp_path, bases, is_stored, prefix
+):
     settings = {"target_modules": ["lm_head"], "trainable_token_indices": [3, 1]}
     folder = trained(tmp_path / "a", bases / "tied", r=2, **settings)
     copy = tmp_path / "base"
     load(bases / "tied", torch.float32).save_pretrained(copy)
     stored = load_file(copy / "model.safetensors")
     more = {HEAD: stored[EMBEDDING].clone()} if is_stored else {}
-    save_file(stored | more, copy / "model.safetensors")
+    bare = {name.removeprefix(prefix): values for name, values in (stored | more).items()}
+    save_file(bare, copy / "model.safetensors")
     with pytest.raises(ConfigError, match="the embedding that it is tied to"):
         open_adapted(f"{copy}+{folder}")
 

@@ -50,14 +50,26 @@ def test_a_second_process_merges_without_numba_and_to_the_same_bytes(tmp_path):
     cache = tmp_path / "cache"
     uses_numba, first = merged(tmp_path, "one.safetensors", cache)
     assert uses_numba
-    kept = sorted((cache / "bmerge").glob("*.code"))
-    assert kept
+    assert list((cache / "bmerge").glob("*.code"))
     uses_numba, second = merged(tmp_path, "two.safetensors", cache)
     assert not uses_numba
     assert second == first
-    # Code whose bytes changed is not run, but made again.
-    kept[0].write_bytes(kept[0].read_bytes()[:-1])
-    assert merged(tmp_path, "three.safetensors", cache) == (True, first)
+
+
+def test_code_of_another_version_or_with_other_bytes_is_not_run_but_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(machine_code, "_object_code", lambda kernel, layout: kernel)
+    monkeypatch.setattr(machine_code, "_loaded", lambda code, layout: code)
+    old, new = machine_code.Name("f", "1"), machine_code.Name("f", "2")
+    machine_code.keep(old, "d", b"one")
+    assert machine_code.find(old, "d") == b"one"
+    for name, layout in ((new, "d"), (old, "q"), (machine_code.Name("g", "1"), "d")):
+        assert machine_code.find(name, layout) is None
+    machine_code.keep(new, "d", b"two")
+    assert (machine_code.find(new, "d"), machine_code.find(old, "d")) == (b"two", None)
+    (file,) = (tmp_path / "bmerge").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert machine_code.find(new, "d") is None
 
 
 def test_a_layout_tells_every_difference_that_code_may_depend_on():
@@ -185,3 +197,20 @@ def test_no_code_is_kept_behind_a_link_of_another_account(tmp_path, name):
     is_trusted.cache_clear()
     assert not is_trusted(tmp_path / "cache" / "bmerge")
     is_trusted.cache_clear()
+
+
+FACTOR = 2.0
+
+
+def scaled(base, tasks, scales, facts):
+    return FACTOR * base
+
+
+def test_a_constant_of_another_module_is_part_of_the_version(monkeypatch):
+    kind = case("task_arithmetic")[0]
+    made = kind._replace(method=kind.method._replace(combine=scaled))
+    before = launch._name_of("pass", made, type(None))
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    after = launch._name_of("pass", made, type(None))
+    assert before.identity == after.identity
+    assert before.version != after.version

@@ -12,7 +12,7 @@ import numpy as np
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels import machine_code
 from mergekit_bayes.kernels.base import LANES, Array, Chunk, Kind, Numbers, Pass, Reduce, Tally
-from mergekit_bayes.kernels.sources import functions_of, stamp
+from mergekit_bayes.kernels.sources import constants_of, functions_of, stamp
 
 _making = Lock()  # two threads would compile one function twice
 
@@ -21,11 +21,11 @@ class Function:
     """A function that is compiled, or loaded, for each layout of arguments when it first runs.
 
     Args:
-        name: What identifies it and its sources; None if its code cannot be kept.
+        name: What tells it from others; None if its code cannot be kept.
         make: Makes numba's dispatcher.
     """
 
-    def __init__(self, name: str | None, make: Callable[[], Any]) -> None:
+    def __init__(self, name: machine_code.Name | None, make: Callable[[], Any]) -> None:
         self._name, self._make = name, make
         self._kept: dict[str, machine_code.Code | None] = {}
 
@@ -141,22 +141,24 @@ def _sums() -> Function:
 
         return fused_sums
 
-    return Function(f"sums {stamp(None)}", make)
+    return Function(machine_code.Name("sums", str(stamp(None))), make)
 
 
-def _name_of(what: str, kind: Kind, facts: type) -> str | None:
-    """What identifies a kernel: its kind, and its sources. None where these are not all known."""
+def _name_of(what: str, kind: Kind, facts: type) -> machine_code.Name | None:
+    """What tells a kernel from others; None where not all that it is made from is known."""
     method = kind.method
     checksum = stamp(method, facts)
     statistic = method.reduction.statistic if method.reduction is not None else None
     roots = [f for f in (method.combine, method.unguarded_precision, statistic) if f is not None]
-    names = [f"{f.__module__}.{f.__qualname__}" for root in roots for f in functions_of(root)]
+    functions = [function for root in roots for function in functions_of(root)]
+    names = [f"{f.__module__}.{f.__qualname__}" for f in functions]
     # What a function was made with where it was made is in no source.
     if checksum is None or any("<" in name for name in names):
         return None
     flags = [str(flag) for flag in (*kind[1:], method.random)]
-    parts = (what, *flags, f"{facts.__module__}.{facts.__qualname__}", *names, str(checksum))
-    return " ".join(parts)
+    parts = (what, *flags, f"{facts.__module__}.{facts.__qualname__}", *names)
+    constants = [text for function in functions for text in constants_of(function)]
+    return machine_code.Name(" ".join(parts), " ".join([str(checksum), *constants]))
 
 
 def _bare(chunk: Chunk, numbers: Numbers) -> tuple[Any, ...]:

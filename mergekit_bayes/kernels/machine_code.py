@@ -21,7 +21,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from struct import Struct
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -40,6 +40,18 @@ _TYPES = {"P": "ptr", "q": "i64", "Q": "i64", "f4x": "float", "d": "double"}
 _engines: list[Any] = []  # own the code that was loaded
 
 
+class Name(NamedTuple):
+    """What tells a function from all others.
+
+    Attributes:
+        identity: Which function it is. Code of an earlier version is replaced.
+        version: What it was made from: sources and constants.
+    """
+
+    identity: str
+    version: str
+
+
 def flatten(arguments: tuple[Any, ...]) -> tuple[str, list[Any]]:
     """The layout of the arguments of a compiled function, and their values in its order.
 
@@ -52,11 +64,11 @@ def flatten(arguments: tuple[Any, ...]) -> tuple[str, list[Any]]:
     return "".join(codes), values
 
 
-def find(name: str, layout: str) -> Code | None:
+def find(name: Name, layout: str) -> Code | None:
     """The kept code of a function for a layout of arguments; None if there is none.
 
     Args:
-        name: What identifies the function and all sources that it was made from.
+        name: The function.
         layout: As `flatten` gives it.
     """
     file = _file_of(name, layout)
@@ -65,16 +77,16 @@ def find(name: str, layout: str) -> Code | None:
     except (OSError, DocumentError):
         return None
     digest, code = content[:_DIGEST], content[_DIGEST:]
-    if not code or hashlib.sha256(code).digest() != digest:
-        return None  # it was cut, or its disk is failing: compiled again
+    if not code or _digest(name, code) != digest:
+        return None  # of another version, cut, or of a failing disk: compiled again
     return _loaded(code, layout)
 
 
-def keep(name: str, layout: str, kernel: Any) -> None:
+def keep(name: Name, layout: str, kernel: Any) -> None:
     """Keep the code of a function that numba has just compiled, where it can be kept.
 
     Args:
-        name: As for `find`.
+        name: The function.
         layout: The layout of the arguments that it was compiled for.
         kernel: numba's dispatcher.
     """
@@ -88,7 +100,7 @@ def keep(name: str, layout: str, kernel: Any) -> None:
         handle, partial = tempfile.mkstemp(dir=file.parent)
         try:
             with open(handle, "wb") as stream:
-                stream.write(hashlib.sha256(code).digest() + code)
+                stream.write(_digest(name, code) + code)
             os.replace(partial, file)  # another process sees all of it or nothing
         except OSError:
             os.unlink(partial)
@@ -138,32 +150,42 @@ def _codes(layout: str) -> list[str]:
     return codes
 
 
-def _file_of(name: str, layout: str) -> Path | None:
+def _file_of(name: Name, layout: str) -> Path | None:
     """Where the code of a function is kept for this processor; None where none may be."""
     folder = code_folder(Path(__file__))
     if folder is None or find_spec("llvmlite") is None:
         return None
-    digest = hashlib.sha256("\0".join((name, layout, *_circumstances())).encode())
+    digest = hashlib.sha256("\0".join((name.identity, layout, *_processor())).encode())
     return folder / f"{digest.hexdigest()[:40]}.code"
 
 
+def _digest(name: Name, code: bytes) -> bytes:
+    """The hash of code and of all that it was made from and by."""
+    return hashlib.sha256("\0".join((name.version, *_compilers(), "")).encode() + code).digest()
+
+
 @cache
-def _circumstances() -> tuple[str, ...]:
-    """What machine code depends on beside its source: versions of the compilers, and processor."""
+def _processor() -> tuple[str, ...]:
     import llvmlite.binding
 
-    numba = find_spec("numba")
-    origin = Path(numba.origin) if numba is not None and numba.origin is not None else None
-    version = origin.parent / "_version.py" if origin is not None else None
-    compiler = read_text(version) if version is not None and version.exists() else str(origin)
     return (
-        compiler,
-        llvmlite.__version__,
         llvmlite.binding.get_process_triple(),
         llvmlite.binding.get_host_cpu_name(),
         llvmlite.binding.get_host_cpu_features().flatten(),
-        hashlib.sha256(read_bytes(Path(__file__))).hexdigest(),
     )
+
+
+@cache
+def _compilers() -> tuple[str, ...]:
+    """The versions of what makes code, numba's without importing it."""
+    import llvmlite
+
+    numba = find_spec("numba")
+    origin = Path(numba.origin) if numba is not None and numba.origin is not None else None
+    file = origin.parent / "_version.py" if origin is not None else None
+    version = read_text(file) if file is not None and file.exists() else str(origin)
+    itself = hashlib.sha256(read_bytes(Path(__file__))).hexdigest()
+    return version, llvmlite.__version__, itself
 
 
 @cache

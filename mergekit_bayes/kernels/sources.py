@@ -8,6 +8,8 @@ from pathlib import Path
 from types import FunctionType, NoneType
 from typing import Any
 
+import numpy as np
+
 from mergekit_bayes.documents import DocumentError, read_bytes
 from mergekit_bayes.gaussian import constant, select
 from mergekit_bayes.methods.base import Method
@@ -57,6 +59,14 @@ def functions_of(function: Callable[..., Any]) -> Iterator[FunctionType]:
         seen.add(current)
         yield current
         waiting += [current.__globals__.get(name) for name in current.__code__.co_names]
+
+
+def constants_of(function: FunctionType) -> Iterator[str]:
+    """The numbers and texts among a function's globals, which may come from any module."""
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, int | float | str | np.generic):
+            yield f"{name}={value!r}"
 
 
 def _source(module: str) -> bytes | None:

@@ -9,7 +9,6 @@ from typing import Literal
 from mergekit_bayes.checkpoint.replacing import real_output, refuse_foreign
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora.adapter import Adapter
-from mergekit_bayes.lora.config import CONFIG
 from mergekit_bayes.lora.inputs import Space, Weights
 from mergekit_bayes.lora.variants import initial_move
 from mergekit_bayes.lora.writers import FOLD_ALL
@@ -177,14 +176,7 @@ def check_bases(adapters: Sequence[Adapter]) -> list[str]:
     notes = []
     first = adapters[0]
     for other in adapters[1:]:
-        if bool(first.config.get("fan_in_fan_out")) != bool(other.config.get("fan_in_fan_out")):
-            raise MismatchError(
-                f"'{first.ref}' and '{other.ref}' disagree on fan_in_fan_out in {CONFIG}: they "
-                "adapt layers that are stored in different ways. Were they trained on different "
-                "models?"
-            )
-        infos = (first.posterior.info, other.posterior.info)
-        bases = [info.base.blocks for info in infos if info is not None and info.base is not None]
+        bases = [adapter.base for adapter in (first, other) if adapter.base is not None]
         if len(set(bases)) == 2:
             raise MismatchError(
                 f"'{first.ref}' and '{other.ref}' were trained on different weights; their records "

@@ -16,6 +16,7 @@ from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.adapter import INITIAL_A
+from mergekit_bayes.lora.dense import VARIANCE_FLOOR
 from mergekit_bayes.lora.inputs import AdapterMerge, LayerCopy, Layers
 from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.lora.products import weighted_change
@@ -172,4 +173,4 @@ def _factor_precision(merge: AdapterMerge, copy: LayerCopy, side: str) -> Array:
         )
     # DELTA_0 makes an average of entries that have no precision in any adapter.
     precision = stored.astype(np.float64) + DELTA_0
-    return precision / copy.layer.scaling**2 if side == "b" else precision
+    return precision / max(copy.layer.scaling**2, VARIANCE_FLOOR) if side == "b" else precision

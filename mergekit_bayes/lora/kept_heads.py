@@ -33,13 +33,16 @@ def with_kept_heads(base: Posterior, adapter: Adapter) -> AdaptedSource:
 
     Raises:
         CheckpointError: The adapter keeps an embedding and a head tied, and they differ in it.
-        ConfigError: The layout of a square weight is ambiguous.
+        ConfigError: The layout of a square weight is ambiguous, or a head has factors and its
+            embedding trained rows.
         MismatchError: A layer or tensor of the adapter does not fit the base, or the head has
             other rows than the embedding.
     """
-    adapter = replace(adapter, rows={**adapter.rows, **_rows_of_heads(base, adapter)})
     own = _own_heads(base, adapter)
     mean = AdaptedSource(base.mean, adapter, own, base.ref)
+    if rows := _rows_of_heads(base, mean):
+        adapter = replace(adapter, rows={**adapter.rows, **rows})
+        mean = AdaptedSource(base.mean, adapter, own, base.ref)
     kept = _kept_heads(base, mean)
     _refuse_other_rows(base, mean, kept)
     if ties_embeddings(read_config(base.path)) is not False:  # else PEFT has nothing to tie
@@ -47,24 +50,28 @@ def with_kept_heads(base: Posterior, adapter: Adapter) -> AdaptedSource:
     return AdaptedSource(base.mean, adapter, own | kept, base.ref) if kept else mean
 
 
-def _rows_of_heads(base: Posterior, adapter: Adapter) -> dict[str, TrainedRows]:
+def _rows_of_heads(base: Posterior, mean: AdaptedSource) -> dict[str, TrainedRows]:
     """The rows of heads that are tied to embeddings of which rows were trained.
 
     PEFT trains the rows of an embedding and of what is tied to it as one, unless the head has rows
     of its own. A head that the base does not store follows by itself, unless it is adapted.
     """
     config = read_config(base.path)
-    if not adapter.rows or ties_embeddings(config) is False:
+    if not mean.rows or ties_embeddings(config) is False:
         return {}
     shapes = {name: spec.shape for name, spec in base.mean.specs.items()}
-    adapted = {layer.tensor for layer in adapter.layers.values()}
+    embeddings = mean.rows.keys() & shapes.keys()
     return {
-        head: adapter.rows[tie.source]
-        for tie in _ties(config, adapter.rows.keys() & shapes.keys(), shapes)
+        head: mean.rows[tie.source]
+        for tie in _ties(config, embeddings, shapes)
         for head in tie.heads
-        if tie.source in adapter.rows.keys() & shapes.keys()
-        and head not in adapter.rows.keys() | adapter.replacements.keys()
-        and (have_same_values(base.mean, tie.source, head) if head in shapes else head in adapted)
+        if tie.source in embeddings
+        and head not in mean.rows.keys() | mean.replaced.keys()
+        and (
+            have_same_values(base.mean, tie.source, head)
+            if head in shapes
+            else head in mean.adapted
+        )
     }
 
 

@@ -103,7 +103,7 @@ def refuse_misplaced_rows(
     specs: Specs,
     adapter: Adapter,
     rows: Mapping[str, TrainedRows],
-    changed: Collection[str],
+    adapted: Collection[str],
 ) -> None:
     """Refuse trained rows of tables that the base has not, or that are otherwise changed.
 
@@ -112,7 +112,7 @@ def refuse_misplaced_rows(
         specs: What the base or the adapter stores, by name.
         adapter: The adapter.
         rows: The rows by the table whose rows they replace.
-        changed: The tensors that layers change or that are replaced.
+        adapted: The tensors that layers change.
 
     Raises:
         ConfigError: The table is adapted by factors, too.
@@ -140,7 +140,7 @@ def refuse_misplaced_rows(
                 f"has {spec.shape[0]}: the vocabulary was resized before training, and the adapter "
                 "does not hold the rows that were added. Name the base that it was trained on."
             )
-        if name in changed and adapter.layers.get(name.removesuffix(".weight")) is not None:
+        if name in adapted:
             raise ConfigError(
                 f"'{adapter.ref}' has factors of '{name}', and trained rows of it or of the "
                 "embedding that it is tied to (trainable_token_indices). Such a sum is not read "

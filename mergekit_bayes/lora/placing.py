@@ -88,7 +88,7 @@ def place_adapter(
     biases = without_zeros(specs, adapter, biases)
     rows = {renaming(name): trained for name, trained in adapter.rows.items()}
     refuse_misplaced_biases(view, specs, adapter, biases)
-    refuse_misplaced_rows(view, specs, adapter, rows, {*layers, *replaced})
+    refuse_misplaced_rows(view, specs, adapter, rows, layers)
     return Placement(
         placed,
         {view.stored(name): layer for name, layer in biases.items()},

@@ -13,6 +13,7 @@ import numpy as np
 from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
+from mergekit_bayes.lora.dense import VARIANCE_FLOOR
 from mergekit_bayes.lora.inputs import AdapterMerge, LayerCopy, Layers
 from mergekit_bayes.lora.rules import Rule
 from mergekit_bayes.lora.writers import FOLD_ALL
@@ -118,5 +119,6 @@ def _precision(merge: AdapterMerge, copy: LayerCopy) -> Array:
             "precision`, or merge with --weights uniform."
         )
     # DELTA_0 makes an average of entries that have no precision in any adapter.
-    precision: Array = (stored.astype(np.float64) + DELTA_0) / (layer.scaling**2 or 1.0)
+    precision = stored.astype(np.float64) + DELTA_0
+    precision /= max(layer.scaling**2, VARIANCE_FLOOR)
     return precision

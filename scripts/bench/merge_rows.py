@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from merge_models import FACTORS, MATRICES, MODELS, RANK, SHAPES, tensors
 
-MERGEKIT = "0.1.4"
+MERGEKIT = "0.1.5"
+START_UP = "start-up: a dry run"
 
 # Reads files and writes the given numbers of bytes, 8 MiB at a time, by a merge's own calls.
 IO = """
@@ -104,6 +105,8 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
     three, six = "read 3 files, write 1", "read 6 files, write 1"
     posterior = "read 6 files, write 2"
     weighed = ("--weights", "precision")
+    dry = merge("", three, "--dry-run")
+    yield dry._replace(name=START_UP, io=None)
     yield merge("average", three, models=(base, a, b), base=None)
     yield merge("task arithmetic", three)
     yield merge("gradient matching", posterior, *weighed)
@@ -180,8 +183,7 @@ def install_mergekit(work: Path) -> Path:
     if not (venv / "bin" / "mergekit-yaml").exists():
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         torch = version("torch").partition("+")[0]
-        # This mergekit does not run with transformers 5.
-        packages = [f"mergekit=={MERGEKIT}", f"torch=={torch}", "transformers<5"]
+        packages = [f"mergekit=={MERGEKIT}", f"torch=={torch}"]
         subprocess.run([str(venv / "bin" / "pip"), "install", "--quiet", *packages], check=True)
     return venv
 
