@@ -284,7 +284,12 @@ def test_what_cannot_be_merged_so_is_refused_with_the_way_out(tmp_path):
     refused("--param density is a setting", space="product", param={"density": 1})
     refused("use --space core", space="product", method="ties")
     refused("use --space core", space="factor", method="task_arithmetic")
-    refused("weighs no entries", weights="precision")
+    refused("weighs no entries; use --space product", weights="precision")
+    for space in ("product", "core", "factor"):
+        by = {"weights": "precision", "space": space}
+        refused(r"two rules.*average by precision, or --weights precision for", method="ties", **by)
+        refused(r"two rules.*Leave out --method for the average by.*\.$", method="fisher", **by)
+        refused("no such method. Did you mean 'ties'", method="tie", **by)
     refused("'m.k': the weights", MismatchError, method="multislerp", scales=(1.0, -1.0, 0.0))
     huge = Factors(np.full((1, 24), 3e38, np.float32), np.full((20, 1), 3e38, np.float32))
     adapter(tmp_path / "huge", {"m.q": huge})

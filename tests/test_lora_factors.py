@@ -76,6 +76,14 @@ def test_factors_of_one_recorded_start_are_averaged_and_their_cross_terms_report
         error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
         np.testing.assert_allclose(report.layers[module].error, error, rtol=1e-4)
         assert 0 < error < 0.3
+    weighed = merge_adapters(refs, tmp_path / "w", weights="precision", space="factor")
+    by_entries = merge_adapters(refs, tmp_path / "p", weights="precision", rank=70)
+    assert by_entries.largest_error < 1e-6
+    assert "from the average of the changes by precision as the error" in weighed.notes[0]
+    for module in LAYERS:
+        exact = product(tmp_path / "p", module)
+        error = np.linalg.norm(product(tmp_path / "w", module) - exact) / np.linalg.norm(exact)
+        np.testing.assert_allclose(weighed.layers[module].error, error, rtol=1e-4)
     assert initial_identity(start) != initial_identity({**start, "m.q": start["m.q"] + 1})
     with pytest.raises(ConfigError, match="none below zero"):
         merge_adapters(refs, tmp_path / "no", space="factor", scales=(1, -1))

@@ -202,7 +202,7 @@ def test_fine_tuned_adapters_open_and_merge_with_the_posteriors_that_training_le
             assert np.isfinite(found).all()
             assert (found > 0).all()
     report = merge_adapters([str(tmp_path / n) for n in "ab"], tmp_path / "ab", weights="precision")
-    assert report.notes == ()
+    assert report.notes == (report.rank_note,)
     assert report.counts[0] == report.counts[1] > 0
     assert load_model(str(tmp_path / "ab")).task == "causal-lm"
     transformers.AutoTokenizer.from_pretrained(tmp_path / "ab")
@@ -243,6 +243,14 @@ def test_options_that_contradict_each_other_are_named(tmp_path):
         merge_adapters(refs, out, space="concat", rank=4)
     with pytest.raises(ConfigError, match="3 given for 2"):
         merge_adapters(refs, out, scales=(1, 2, 3))
+    places = {refs[0]: str(tmp_path / "b" / "posterior")}
+    for given in ({"precision": places}, {"counts": "recorded"}):
+        with pytest.raises(ConfigError, match="only matters where precisions weigh"):
+            merge_adapters(refs, out, **given)
+    with pytest.raises(ConfigError, match=r"--precision c=.*no such adapter"):
+        merge_adapters(refs, out, weights="precision", precision={"c": places[refs[0]]})
+    with pytest.raises(PrecisionError, match=r"b/posterior/.*taken at other weights"):
+        merge_adapters(refs, out, weights="precision", precision=places)
     adapter(tmp_path / "c", factors(3))
     with pytest.raises(PrecisionError, match="no precision for"):
         merge_adapters([refs[0], str(tmp_path / "c")], out, weights="precision")
@@ -352,3 +360,36 @@ def test_adapters_load_no_heavy_library():
     assert not {"torch", "transformers", "peft", "safetensors", "scipy", "numba"} & set(
         done.stdout.split()
     )
+
+
+@pytest.mark.parametrize("space", ["product", "core"])
+def test_no_rank_is_stored_that_no_layer_can_have(tmp_path, space):
+    made = factors(1, 7)  # above the ranks of all layers, of which the largest is 4
+    refs = [str(adapter(tmp_path / "a", made))]
+    for rank, notes in (
+        (4000, ("rank 4 in place of 4000: no layer has a larger one",)),
+        (None, ()),
+    ):
+        report = merge_adapters(refs, tmp_path / "out", space=space, rank=rank, force=True)
+        assert (report.rank, report.exact_rank, report.notes) == (4, 4, notes)
+        assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 4
+        for module in LAYERS:
+            np.testing.assert_allclose(
+                product(tmp_path / "out", module), product(refs[0], module), atol=1e-4
+            )
+    assert merge_adapters(refs, tmp_path / "factors", space="factor").rank == 7
+
+
+def test_the_file_of_an_adapter_means_its_folder(tmp_path):
+    refs = two(tmp_path)
+    for name, given in (("x", refs), ("y", [f"{ref}/adapter_model.safetensors" for ref in refs])):
+        for count in (1, 2):
+            out = str(tmp_path / f"{name}{count}")
+            done = CliRunner().invoke(app, ["merge", *given[:count], "--rank", "4", "-o", out])
+            assert done.exit_code == 0, done.output
+    for count in (1, 2):
+        one, other = (
+            (tmp_path / f"{name}{count}" / "adapter_model.safetensors").read_bytes()
+            for name in "xy"
+        )
+        assert one == other

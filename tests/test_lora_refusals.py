@@ -1,16 +1,23 @@
 """Adapters that are no plain product, or do not fit their base, are refused by name."""
 
 import json
+import re
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import bmerge_cli
+import mergekit_bayes
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.lora import open_adapted, open_adapter, refuse_other_base
+from mergekit_bayes.lora import merge_adapters, open_adapted, open_adapter, refuse_other_base
+from mergekit_bayes.lora.misplaced import note_on_name
+from mergekit_bayes.lora.writers import FOLD_ALL
 from mergekit_bayes.posterior import identify
 from tests.adapters import adapter, base, factors, precise
 
@@ -153,3 +160,58 @@ def test_another_base_than_the_recorded_one_is_told(tmp_path):
                     else nullcontext()
                 ):
                     refuse_other_base(opened, "add --on-base apply")
+
+
+def test_advice_to_fold_several_adapters_names_the_base_so_that_they_are_added():
+    folders = [Path(package.__file__).parent for package in (mergekit_bayes, bmerge_cli)]
+    commands = [
+        found
+        for folder in folders
+        for file in folder.rglob("*.py")
+        for found in re.findall(
+            r"`bmerge merge BASE\+\w+ BASE\+[^`]*`", re.sub(r'"\s+f?"', "", file.read_text())
+        )
+    ]
+    assert FOLD_ALL in commands
+    assert [c for c in commands if "--base BASE" not in c and "{base}" not in c] == []
+
+
+def test_adapters_that_need_their_base_are_refused_with_the_command_that_adds_them(tmp_path):
+    refs = [
+        str(adapter(tmp_path / name, factors(1), init_lora_weights="pissa"))
+        for name in ("a", "b c")
+    ]
+    for given, end in ((refs, f"'BASE+{refs[1]}' --base BASE -o OUT`."), (refs[:1], "a -o OUT`.")):
+        with pytest.raises(ConfigError, match="began with pissa") as caught:
+            merge_adapters(given, tmp_path / "out")
+        assert str(caught.value).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "is_told"),
+    [
+        ("org/one", "org/two", True),
+        ("org/one@1", "org/One@2", False),
+        ("{}/base", "{}/link", False),
+        ("{}/base", "{}/copy", True),
+        ("{}/gone", "{}/base", False),
+        ("org/one", "{}/base", False),
+        (None, "{}/base", False),
+    ],
+)
+def test_a_base_of_another_name_than_the_config_has_is_told(tmp_path, named, given, is_told):
+    base(tmp_path / "base")
+    base(tmp_path / "copy")
+    (tmp_path / "link").symlink_to("base")
+    named = None if named is None else named.format(tmp_path)
+    given = given.format(tmp_path)
+    folder = str(adapter(tmp_path / "a", factors(1), base_model_name_or_path=named))
+    with open_adapter(folder) as opened:
+        assert (note_on_name(opened, given) is not None) == is_told
+        with SafetensorsSource(checkpoint_files(tmp_path / "base")) as source:
+            recorded = replace(opened, base=identify(source).blocks)
+            assert note_on_name(recorded, given) is None  # the hash counts
+    if given.startswith(str(tmp_path)):
+        with open_adapted(f"{given}+{folder}") as both:
+            told = f"'{folder}' names the base '{named}' in adapter_config.json, and is applied to"
+            assert any(note.startswith(told) for note in both.mean.notes) == is_told

@@ -72,6 +72,11 @@ LINEAR = {
         {"target_modules": QV},
         {"target_modules": ["q_proj"], "lora_bias": True},
     ),
+    "lora_bias beside a module without a bias": (
+        "untied",
+        {"target_modules": ["down_proj"]},
+        {"target_modules": ["q_proj"], "lora_bias": True},
+    ),
     "patterns": ("untied", {"target_modules": QV, "use_rslora": True, **PATTERNS}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "wpe"]}),
 }
@@ -89,9 +94,11 @@ def test_adapters_merged_alone_are_the_sum_of_their_changes_and_load_in_peft(
     ]
     scales = (0.5, -0.3)
     options = {"rank": 4} if space == "product" else {}
-    merge_adapters(
+    report = merge_adapters(
         [str(f) for f in folders], tmp_path / "out", scales=scales, space=space, **options
     )
+    of_some = [note for note in report.notes if "zeros are stored for 1 that no adapter" in note]
+    assert len(of_some) == name.startswith(("lora_bias of one", "lora_bias beside"))
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["velora_config"] is None
     parts = [changes(bases / kind, folder) for folder in folders]

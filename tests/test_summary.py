@@ -11,6 +11,7 @@ from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora import merge_adapters, open_adapter
 from mergekit_bayes.lora.factors import choose_averaging
 from mergekit_bayes.lora.inputs import AdapterMerge, match_adapters
+from mergekit_bayes.lora.layers import Factors
 from tests import model_forms
 from tests.adapters import adapter, factors, precise, product
 from tests.model_forms import merge, model
@@ -148,3 +149,19 @@ def test_how_factors_are_averaged_is_decided_without_a_side_effect(tmp_path):
     finally:
         for adapter_ in opened:
             adapter_.close()
+
+
+@pytest.mark.parametrize("space", ["product", "core"])
+@pytest.mark.parametrize("size", [0.05, 0.15])
+def test_a_large_cut_is_a_note_of_its_own(tmp_path, space, size):
+    made = {"m.q": Factors(np.eye(2, 4, dtype="f4"), np.diag([1, size]).astype("f4"))}
+    ref = str(adapter(tmp_path / "a", made, alpha=2))
+    report = merge_adapters([ref], tmp_path / "out", space=space, rank=1)
+    share = size / np.hypot(1, size)  # of the singular values 1 and size
+    np.testing.assert_allclose(report.largest_error, share, rtol=1e-6)
+    told = f"rank 1 cuts off up to {share:.0%} of a layer's merged change ('m.q'); --rank 2 is"
+    notes = [note for note in report.notes if note.startswith(told)]
+    assert len(notes) == (size > 0.1)
+    shown = " ".join(lines("merge", ref, "--rank", "1", "-o", str(tmp_path / "x")))
+    assert shown.count("--rank 2 is exact") == 1
+    assert ("note: rank 1" in shown) == (size > 0.1)

@@ -32,6 +32,8 @@ from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.lora import AdapterReport, is_adapter, merge_adapters
+from mergekit_bayes.lora.config import WEIGHTS
+from mergekit_bayes.lora.writers import FOLD_ALL
 from mergekit_bayes.merge import (
     MergeConfig,
     MergeReport,
@@ -213,7 +215,7 @@ def _merge_and_adapt(
     if out.endswith(".safetensors") or _adapters_alone(config):
         raise ConfigError(
             "--then adapts the merge of whole models in a folder: name one with -o, and the base "
-            "before each adapter (BASE+ADAPTER)."
+            "before each adapter and once more (BASE+ADAPTER --base BASE)."
         )
     words, settings_of_then = [f"model={out}"], read_yaml(then)
     if not _is_one_place(named := settings_of_then.get("model", out), out):
@@ -261,9 +263,15 @@ def _config(settings: Settings) -> MergeConfig:
 def _adapters_alone(config: MergeConfig) -> bool:
     if config.base is not None:
         return False
-    return all(is_hub_id(m) or os.path.isdir(os.path.expanduser(m)) for m in config.models) and all(
+    return all(map(_may_be_adapter, config.models)) and all(
         is_adapter(resolve(m, CHECKPOINT)) for m in config.models
     )
+
+
+def _may_be_adapter(ref: str) -> bool:
+    """Whether a model may be an adapter alone: a folder, or the file in it for its folder."""
+    path = Path(os.path.expanduser(ref))
+    return is_hub_id(ref) or path.is_dir() or (path.name == WEIGHTS and path.is_file())
 
 
 def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) -> AdapterReport:
@@ -273,7 +281,7 @@ def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) ->
         raise ConfigError(
             f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, "
             "--scale, --counts, --precision, --space, --rank, --method, --param and --trajectory. "
-            "Put the base before each to merge whole models: BASE+ADAPTER."
+            f"For whole models: {FOLD_ALL}."
         )
     notes: list[str] = []
     config = along_trajectory(config, notes)
@@ -323,7 +331,10 @@ def _predict(
         )
     config = _config(settings)
     if _adapters_alone(config):
-        raise ConfigError("--predict is for whole models: put the base before each adapter.")
+        raise ConfigError(
+            "--predict is for whole models: put the base before each adapter, and name it: "
+            "BASE+A BASE+B --base BASE."
+        )
     if part_of_launcher() is not None:
         raise ConfigError("--predict reads the models in one process. Start it without a launcher.")
     scales = values.vectors(sets, "--predict")

@@ -166,7 +166,8 @@ def show_adapters(screen: Console, report: AdapterReport) -> None:
     """Print what a merge of adapters did."""
     exact = report.exact_rank
     lost = f"the largest relative error of a layer is {report.largest_error:.3g}"
-    if exact is not None and report.rank < exact and report.largest_error > _ROUNDING:
+    is_cut = exact is not None and report.rank < exact and report.largest_error > _ROUNDING
+    if is_cut and report.rank_note is None:
         concat = " (so is --space concat)" if report.is_a_sum else ""
         lost += f", which rank {report.rank} cuts off; --rank {exact} is exact{concat}"
     screen.print(

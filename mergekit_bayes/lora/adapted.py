@@ -17,6 +17,7 @@ from mergekit_bayes.lora.changes import Added, Change, Once, Rescaled, Rows, Shi
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
 from mergekit_bayes.lora.layers import Factors, Layer
 from mergekit_bayes.lora.magnitudes import output_norms
+from mergekit_bayes.lora.misplaced import note_on_name
 from mergekit_bayes.lora.moved import move_of
 from mergekit_bayes.lora.pieces import Stack, stack_pieces
 from mergekit_bayes.lora.placing import place_adapter
@@ -48,7 +49,11 @@ class AdaptedSource(Closing):
     is_computed = True
 
     def __init__(
-        self, base: CheckpointSource, adapter: Adapter, heads: Mapping[str, str] | None = None
+        self,
+        base: CheckpointSource,
+        adapter: Adapter,
+        heads: Mapping[str, str] | None = None,
+        ref: str | None = None,
     ) -> None:
         """Match the adapter with the base; the source then owns both.
 
@@ -57,6 +62,7 @@ class AdaptedSource(Closing):
             adapter: The adapter.
             heads: Heads that the base does not store and that become tensors of their own, each
                 with the embedding of the base that it is without the adapter.
+            ref: The base as the user gave it, which is compared with the name in the config.
 
         Raises:
             ConfigError: The layout of a square weight is ambiguous.
@@ -64,7 +70,9 @@ class AdaptedSource(Closing):
         """
         self.base, self.adapter, self.heads = base, adapter, dict(heads or {})
         placed = place_adapter(base, adapter, self.heads)
-        self.adapted, self.replaced, self._notes = placed.layers, placed.replaced, placed.notes
+        self.adapted, self.replaced, notes = placed.layers, placed.replaced, placed.notes
+        named = None if ref is None else note_on_name(adapter, ref)
+        self._notes = notes if named is None else (*notes, named)
         self.biases, self.rows = placed.biases, placed.rows
         self.changed = {*self.adapted, *self.biases, *self.rows}
         names = [*base.specs, *self.heads, *self.replaced]

@@ -239,9 +239,10 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
         posterior = stack.enter_context(replace(opened, ref=ref, path=folder))
         tensors = read_layers(posterior, config)
         if posterior.info is not None and identity(posterior.mean) != posterior.info.mean.blocks:
+            files = (folder,) if posterior.precision is None else posterior.precision.files
             raise PrecisionError(
-                f"the precision of '{ref}' was taken at other weights than these: its record of "
-                "them differs. Use the precision that belongs to them."
+                f"the precision of '{ref}' ({files[0]}) was taken at other weights than these: its "
+                "record of them differs. Use the precision that belongs to them."
             )
         base = _recorded_base(posterior)
         stack.pop_all()  # the adapter owns the files from here on

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,8 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, P
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.inputs import Space, Weights
 from mergekit_bayes.lora.variants import initial_move
+from mergekit_bayes.lora.writers import FOLD_ALL
+from mergekit_bayes.methods import method_named
 
 
 def check_options(
@@ -19,6 +21,7 @@ def check_options(
     weights: Weights,
     space: Space,
     rank: int | None,
+    method: str | None = None,
 ) -> tuple[float, ...]:
     """Check the settings against each other, and return one scale per adapter.
 
@@ -38,9 +41,10 @@ def check_options(
     if weights == "precision" and (min(shares) < 0 or not sum(shares)):
         raise ConfigError(
             "--weights precision without a base takes the scales for shares: none below zero, not "
-            "all zero. To remove an adapter, fold: "
-            "`bmerge merge BASE+A BASE+B --base BASE --scale 1 --scale -1`."
+            f"all zero. To remove an adapter, fold, with a scale below zero: {FOLD_ALL}."
         )
+    if weights == "precision" and method is not None:
+        _refuse_method(method)
     if space == "concat" and weights == "precision":
         raise ConfigError(
             "--space concat is exact task arithmetic and weighs no entries; use --space product."
@@ -57,6 +61,57 @@ def check_options(
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: expected at least 1.")
     return shares
+
+
+def check_precision_options(
+    adapters: Sequence[str],
+    weights: Weights,
+    space: Space,
+    counts: Literal["equal", "recorded"],
+    places: Mapping[str, str],
+) -> None:
+    """Refuse options on precisions where none is read, or of other adapters.
+
+    In factor space a precision's record tells with which factors training began.
+
+    Args:
+        adapters: The adapters as given.
+        weights: What weighs changes.
+        space: The space in which they are merged.
+        counts: The numbers of observations for which precisions are counted.
+        places: Other places of precisions, by the adapter.
+
+    Raises:
+        ConfigError: There is such an option.
+    """
+    if weights == "uniform":
+        useless = {"counts": counts != "equal", "precision": bool(places) and space != "factor"}
+        for name in (name for name, is_given in useless.items() if is_given):
+            raise ConfigError(
+                f"--{name} only matters where precisions weigh. Add --weights precision, or drop "
+                "it."
+            )
+    for ref in places:
+        if ref not in adapters:
+            raise ConfigError(
+                f"--precision {ref}=...: no such adapter here. Name it as given: "
+                f"{', '.join(adapters)}"
+            )
+
+
+def _refuse_method(name: str) -> None:
+    """Refuse a method beside `--weights precision`.
+
+    Raises:
+        ConfigError: Always; the way out depends on whether the method needs precisions itself.
+    """
+    method = method_named(name, with_base=True)  # a misspelt name is the first thing to tell
+    by_equal_weights = f", or --weights precision for {name} by equal weights"
+    raise ConfigError(
+        f"--method {name} and --weights precision are two rules, and adapters alone merge by one. "
+        "Leave out --method for the average by precision"
+        f"{'' if method.needs_precision or method.reads_weights else by_equal_weights}."
+    )
 
 
 def check_output(out: Path, adapters: Sequence[Adapter]) -> None:
@@ -96,11 +151,17 @@ def check_linear(adapters: Sequence[Adapter]) -> None:
             else None
         )
         if reason is not None:
-            ref = shlex.quote(f"BASE+{adapter.ref}")
             raise ConfigError(
                 f"'{adapter.ref}' {reason}: such changes do not add up without the base. Fold "
-                f"it, or merge the folded models: `bmerge merge {ref} -o OUT`."
+                f"instead: `{_fold_of(adapters)}`."
             )
+
+
+def _fold_of(adapters: Sequence[Adapter]) -> str:
+    """The command that adds what these adapters change to their base."""
+    models = (shlex.quote(f"BASE+{adapter.ref}") for adapter in adapters)
+    base = " --base BASE" if len(adapters) > 1 else ""  # else they would be averaged
+    return f"bmerge merge {' '.join(models)}{base} -o OUT"
 
 
 def check_bases(adapters: Sequence[Adapter]) -> list[str]:

@@ -19,7 +19,8 @@ from mergekit_bayes.lora.adapter import INITIAL_A
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR
 from mergekit_bayes.lora.inputs import AdapterMerge, LayerCopy, Layers
 from mergekit_bayes.lora.layers import Factors
-from mergekit_bayes.lora.truncate import Truncated, as_stored
+from mergekit_bayes.lora.products import weighted_change
+from mergekit_bayes.lora.truncate import Truncated, as_stored, as_stored_dense
 
 _WAY_OUT = "Use --space product, or concat."
 
@@ -77,10 +78,15 @@ def choose_averaging(merge: AdapterMerge, layers: Layers) -> Averaging:
                 "--space factor averages factors of one start: the scales are shares, none below "
                 "zero."
             )
+        error = (
+            "the distance from the average of the changes by precision"
+            if merge.weights == "precision"
+            else "the cross terms"
+        )
         return Averaging(
             is_linear=False,
-            reason="all adapters record one initial A: factors are averaged, with the cross terms "
-            "as the error",
+            reason=f"all adapters record one initial A: factors are averaged, with {error} as the "
+            "error",
         )
     why = "they record different ones" if all(starts) else "no record says so"
     raise _not_averaged(merge, unshared, why)
@@ -89,8 +95,11 @@ def choose_averaging(merge: AdapterMerge, layers: Layers) -> Averaging:
 def merge_factors(merge: AdapterMerge, rank: int, copies: Sequence[LayerCopy]) -> Truncated:
     """Merge the factors of one layer.
 
-    With a shared factor the result is the weighted sum of the other; with one start it is the
-    weighted average of both.
+    With a shared factor the result is the weighted sum of the other, which is exact, so that the
+    error is that of rounding. With one start it is the weighted average of both, and the error is
+    the distance from what it stands for: the average of the changes, `sum_t c_t s_t B_t A_t / sum_t
+    c_t`, or, where factors are weighed, that weighted by the precision of the products, as in
+    product space.
 
     Raises:
         PrecisionError: The factors are weighed, and a precision is missing.
@@ -114,6 +123,8 @@ def merge_factors(merge: AdapterMerge, rank: int, copies: Sequence[LayerCopy]) -
     merged = Factors(results["a"], results["b"])
     if shared is not None:
         return as_stored(merged, rank, merged.b, merged.a)
+    if is_weighed:
+        return as_stored_dense(merged, rank, weighted_change(merge, copies))
     left, right = merge.stacked(copies)
     return as_stored(merged, rank, left / sum(shares), right)
 

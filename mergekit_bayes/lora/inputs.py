@@ -15,13 +15,13 @@ from mergekit_bayes.lora.experts import by_expert
 from mergekit_bayes.lora.layers import Factors, Layer
 from mergekit_bayes.lora.parameters import WEIGHT
 from mergekit_bayes.lora.rules import Rule
+from mergekit_bayes.lora.writers import FOLD_ALL
 from mergekit_bayes.methods.base import Facts
 
 _SINGLE = re.compile(r"(?P<owner>.+)\.\d+\.\w+")  # a module of one expert
 _OTHER_MODEL = "Were they trained on different models?"
 _OTHER_ORDER = (
-    "The factors of experts have another order in PEFT before 0.19.1. Fold instead: "
-    "`bmerge merge BASE+A BASE+B --base BASE`."
+    f"The factors of experts have another order in PEFT before 0.19.1. Fold instead: {FOLD_ALL}."
 )
 Space = Literal["product", "concat", "factor", "core"]
 Weights = Literal["uniform", "precision"]
@@ -157,8 +157,8 @@ def _refuse_mixed_experts(adapters: Sequence[Adapter], stacks: Layers) -> None:
             raise MismatchError(
                 f"'{adapters[copies[0].owner].ref}' adapts single experts ('{name}'), and "
                 f"'{adapters[other.owner].ref}' stacked ones ('{other.layer.tensor}'): they come "
-                "from different versions of transformers. Fold instead: "
-                "`bmerge merge BASE+A BASE+B --base BASE`."
+                "from different versions of transformers. Fold "
+                f"instead: {FOLD_ALL}."
             )
 
 

@@ -39,15 +39,15 @@ def with_kept_heads(base: Posterior, adapter: Adapter) -> AdaptedSource:
             other rows than the embedding.
     """
     own = _own_heads(base, adapter)
-    mean = AdaptedSource(base.mean, adapter, own)
+    mean = AdaptedSource(base.mean, adapter, own, base.ref)
     if rows := _rows_of_heads(base, mean):
         adapter = replace(adapter, rows={**adapter.rows, **rows})
-        mean = AdaptedSource(base.mean, adapter, own)
+        mean = AdaptedSource(base.mean, adapter, own, base.ref)
     kept = _kept_heads(base, mean)
     _refuse_other_rows(base, mean, kept)
     if ties_embeddings(read_config(base.path)) is not False:  # else PEFT has nothing to tie
         refuse_apart(mean)
-    return AdaptedSource(base.mean, adapter, own | kept) if kept else mean
+    return AdaptedSource(base.mean, adapter, own | kept, base.ref) if kept else mean
 
 
 def _rows_of_heads(base: Posterior, mean: AdaptedSource) -> dict[str, TrainedRows]:

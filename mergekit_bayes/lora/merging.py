@@ -29,6 +29,7 @@ from mergekit_bayes.lora.checks import (
     check_linear,
     check_options,
     check_output,
+    check_precision_options,
     check_precisions,
 )
 from mergekit_bayes.lora.config import CONFIG
@@ -45,7 +46,7 @@ from mergekit_bayes.lora.report import (
     summarise,
 )
 from mergekit_bayes.lora.rules import check_space, choose_rule
-from mergekit_bayes.lora.shifts import check_shifts
+from mergekit_bayes.lora.shifts import check_shifts, note_on_zeros
 from mergekit_bayes.lora.variants import variant_notes
 from mergekit_bayes.posterior.info import note_on_losses
 from mergekit_bayes.recipes import recipe_text
@@ -80,8 +81,8 @@ def merge_adapters(
         weights: `uniform`, or `precision`, which needs a precision of every adapter.
         space: `product`, `concat` (exact, uniform weights only), `factor` or `core` (uniform
             weights only).
-        rank: Rank of the result in product or core space; by default the largest of the adapters'.
-            What a layer does not need of it is zero.
+        rank: Rank of the result in product or core space; by default the largest of the adapters',
+            and at most that of the largest layer. What a layer does not need of it is zero.
         method: In core space, the method by which cores are merged; None for task arithmetic, which
             product space and concatenation are, too.
         param: Settings of the method.
@@ -102,11 +103,12 @@ def merge_adapters(
             can be taken.
         PrecisionError: A precision is missing or of another kind.
     """
-    shares = check_options(adapters, scales, weights, space, rank)
+    shares = check_options(adapters, scales, weights, space, rank, method)
     rule = choose_rule(method, param or {}, len(adapters), scales) if space == "core" else None
     if rule is None:
         check_space(method, param or {}, space)
     places = precision or {}
+    check_precision_options(adapters, weights, space, counts, places)
     needs_precision = weights == "precision" or space == "factor"
     with ExitStack() as stack:
         opened: list[Adapter] = []
@@ -139,6 +141,7 @@ def merge_adapters(
         notes += [note for a in opened for note in variant_notes(a.config, a.ref)]
         layers, replacements = match_adapters(opened)
         merge = AdapterMerge(opened, shares, counted, weights, seed, rule=rule)
+        notes += [note for note in (note_on_zeros(layers),) if note is not None]
         if space == "factor":
             averaging = choose_averaging(merge, layers)
             notes.append(averaging.reason)
@@ -148,6 +151,8 @@ def merge_adapters(
             merge = merge._replace(facts=measure_cores(merge, layers))
             notes += [note for note in (describe_rule(rule),) if note is not None]
         result_rank = _choose_rank(space, rank, layers)
+        if rank is not None and result_rank < rank:
+            notes.append(f"rank {result_rank} in place of {rank}: no layer has a larger one")
         partial = stack.enter_context(replacing(out, force=force))
         partial.mkdir()
         outcomes = decide_replacements(merge, replacements)
@@ -174,7 +179,7 @@ def merge_adapters(
             layers=done,
             whole=outcomes,
             notes=tuple(notes),
-        )
+        ).with_rank_note()
         (partial / MERGE_REPORT).write_text(report.model_dump_json(indent=2) + "\n")
         pinned = {a.ref: a.posterior.pinned for a in opened}
         posteriors = [a.posterior for a in opened]
@@ -203,7 +208,10 @@ def _choose_rank(space: Space, rank: int | None, layers: Layers) -> int:
     ranks = [[copy.layer.rank for copy in copies] for copies in layers.values()]
     if space == "concat":
         return max(map(sum, ranks))
-    return rank or max(map(max, ranks))
+    if space == "factor":
+        return max(map(max, ranks))
+    largest = max(min(c[0].layer.rows, c[0].layer.columns) for c in layers.values())
+    return min(rank or max(map(max, ranks)), largest)  # more would be zeros
 
 
 def _exact_rank(merge: AdapterMerge, space: Space, layers: Layers) -> int | None:

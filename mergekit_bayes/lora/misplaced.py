@@ -1,7 +1,9 @@
-"""Biases and trained rows of an adapter that do not fit its base."""
+"""What of an adapter does not fit its base: biases, trained rows, and the name of another one."""
 
+import os
 from collections.abc import Collection, Mapping
 
+from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
@@ -16,6 +18,54 @@ Specs = Mapping[str, TensorSpec]
 def named_base(adapter: Adapter) -> str:
     """The base that an adapter's config names, as part of a message."""
     return f"{CONFIG} names '{adapter.config.get('base_model_name_or_path')}'"
+
+
+def note_on_name(adapter: Adapter, base: str) -> str | None:
+    """That an adapter's config names another base than this one; None where that is not known.
+
+    Names can be compared where both are Hub ids, or both paths that exist. Where the hash of the
+    base is on record, that counts and not its name.
+
+    Args:
+        adapter: The adapter.
+        base: The base as the user gave it.
+    """
+    named = adapter.config.get("base_model_name_or_path")
+    if not named or adapter.base is not None:
+        return None
+    if is_hub_id(named) and is_hub_id(base):
+        is_other = named.partition("@")[0].lower() != base.partition("@")[0].lower()
+    else:
+        paths = [os.path.expanduser(path) for path in (named, base)]
+        is_other = all(map(os.path.exists, paths)) and not os.path.samefile(*paths)
+    if not is_other:
+        return None
+    return (
+        f"'{adapter.ref}' names the base '{named}' in {CONFIG}, and is applied to '{base}': taken "
+        "to be the same"
+    )
+
+
+def without_zeros(specs: Specs, adapter: Adapter, biases: Mapping[str, Layer]) -> dict[str, Layer]:
+    """The layers with a bias, but for those that add zeros to a module without one.
+
+    PEFT's `lora_bias` is for all layers of an adapter, so that a merge of adapters of which some
+    have biases stores zeros for the layers of the others.
+
+    Args:
+        specs: What the base or the adapter stores, by name.
+        adapter: The adapter.
+        biases: The layers by the bias that theirs is added to.
+
+    Raises:
+        CheckpointError: An entry of such a bias is not finite.
+    """
+
+    def adds(name: str, layer: Layer) -> bool:
+        assert layer.bias is not None
+        return name in specs or bool(adapter.values(layer.bias).any())
+
+    return {name: layer for name, layer in biases.items() if adds(name, layer)}
 
 
 def refuse_misplaced_biases(

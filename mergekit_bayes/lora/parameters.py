@@ -19,7 +19,7 @@ from mergekit_bayes.checkpoint.adapter_patterns import (
 )
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, shown
 from mergekit_bayes.lora.config import CONFIG, LoraConfig
-from mergekit_bayes.lora.writers import FOLD
+from mergekit_bayes.lora.writers import FOLD, FOLD_ALL
 
 _T = TypeVar("_T")
 WEIGHT = "weight"
@@ -146,7 +146,7 @@ def wrapped_names(module: str, parameters: Collection[str]) -> dict[str, str]:
         raise ConfigError(
             f"'{module}' has several parameters that are adapted ({', '.join(parameters)}), and "
             f"the order in which its code registers them is not known for '{unknown[0]}'. Fold "
-            "instead: `bmerge merge BASE+A BASE+B`."
+            f"instead: {FOLD_ALL}."
         )
     ordered = sorted(parameters, key=_ORDER.index) if len(parameters) > 1 else list(parameters)
     return {name: module + depth * _WRAPPED for depth, name in enumerate(reversed(ordered))}

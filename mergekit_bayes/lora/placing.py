@@ -21,6 +21,7 @@ from mergekit_bayes.lora.misplaced import (
     named_base,
     refuse_misplaced_biases,
     refuse_misplaced_rows,
+    without_zeros,
 )
 from mergekit_bayes.lora.tokens import TrainedRows
 from mergekit_bayes.lora.variants import initial_move, variant_notes
@@ -84,6 +85,7 @@ def place_adapter(
         _check_replacement(view, specs, adapter, name, replaced[name], notes)
     placed = place_layers(view, adapter, layers, find_transposed(specs, adapter, layers))
     biases = {renaming(f"{x.module}.bias"): x for x in layers.values() if x.bias is not None}
+    biases = without_zeros(specs, adapter, biases)
     rows = {renaming(name): trained for name, trained in adapter.rows.items()}
     refuse_misplaced_biases(view, specs, adapter, biases)
     refuse_misplaced_rows(view, specs, adapter, rows, layers)

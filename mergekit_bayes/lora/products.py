@@ -42,15 +42,22 @@ def merge_products(
     """
     if merge.weights == "precision":
         seed = merge.seed + zlib.crc32(module.encode())
-        return truncate_dense(_weighted_change(merge, copies), rank, seed)
+        return truncate_dense(weighted_change(merge, copies), rank, seed)
     left, right = merge.stacked(copies)
     if space == "concat":
         return as_stored(Factors(right, left), rank, left, right)
     return truncate_product(left, right, rank)
 
 
-def _weighted_change(merge: AdapterMerge, copies: Sequence[LayerCopy]) -> Array:
+def weighted_change(merge: AdapterMerge, copies: Sequence[LayerCopy]) -> Array:
     """`sum_t c_t S_t dW_t / sum_t c_t S_t` over the adapters that hold the layer.
+
+    Args:
+        merge: The adapters, all with a precision.
+        copies: The layer as each adapter holds it.
+
+    Raises:
+        PrecisionError: A precision is missing.
 
     Returns:
         float32, shape (d_out, d_in); computed some rows at a time.

@@ -10,9 +10,10 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, Array
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.inputs import AdapterMerge, Replacements, TensorCopy
+from mergekit_bayes.lora.writers import FOLD_ALL
 
 _SAME, _AVERAGED = "the same in all adapters", "averaged by precision"
-_FOLD = "Fold instead: `bmerge merge BASE+A BASE+B`."
+_FOLD = f"Fold instead: {FOLD_ALL}."
 
 
 def decide_replacements(merge: AdapterMerge, replacements: Replacements) -> dict[str, str]:

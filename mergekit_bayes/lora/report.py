@@ -7,6 +7,7 @@ from mergekit_bayes.lora.inputs import Space, Weights
 from mergekit_bayes.lora.rules import USUAL, Rule
 from mergekit_bayes.records import Frozen
 
+_MUCH = 0.1  # relative error of a layer above which a note tells what the rank cuts off
 FORMULA: dict[tuple[Space, Weights], str] = {
     ("product", "uniform"): "dW = sum_t c_t s_t B_t A_t, cut to rank R",
     ("product", "precision"): (
@@ -95,8 +96,9 @@ class MergedLayer(Frozen):
     Attributes:
         norm: Frobenius norm of the merged change.
         error: Distance of what is stored from the merged change, relative to `norm`: what the rank
-            cuts off (product), rounding (concat, shared factor), or the cross terms of averaged
-            factors (one start).
+            cuts off (product, core), rounding (concat, shared factor), or the cross terms of
+            averaged factors (one start; by precision, the distance from the average of the changes
+            by precision).
         adapters: Number of adapters that hold the layer.
     """
 
@@ -152,3 +154,21 @@ class AdapterReport(Frozen):
     def is_a_sum(self) -> bool:
         """Whether the merged change is the sum of the scaled changes, but for its rank."""
         return self.weights == "uniform" and self.method in ("", USUAL.name)
+
+    @property
+    def rank_note(self) -> str | None:
+        """That the rank cuts off much of a layer; None if it does not."""
+        exact = self.exact_rank
+        if exact is None or self.rank >= exact or self.largest_error <= _MUCH:
+            return None
+        layer = max(self.layers, key=lambda module: self.layers[module].error)
+        concat = " (so is --space concat)" if self.is_a_sum else ""
+        return (
+            f"rank {self.rank} cuts off up to {self.largest_error:.0%} of a layer's merged change "
+            f"('{layer}'); --rank {exact} is exact{concat}"
+        )
+
+    def with_rank_note(self) -> "AdapterReport":
+        """The report, with `rank_note` as the first of its notes."""
+        notes = [note for note in (self.rank_note,) if note is not None]
+        return self.model_copy(update={"notes": (*notes, *self.notes)})

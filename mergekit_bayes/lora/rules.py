@@ -65,13 +65,13 @@ def choose_rule(
     if method.needs_precision:
         raise ConfigError(
             f"--method {method.name} weighs entries by their precision, and cores have none. Use "
-            "--weights precision without --method, or put the base before each: BASE+ADAPTER."
+            f"--weights precision without --method, or whole models: {_fold_by(method)}."
         )
     if method.reads_weights:
         others = [m.name for m in METHODS.values() if m.merges_changes]
         raise ConfigError(
             f"--method {method.name} needs the weights of the models, and adapters alone tell only "
-            f"what changed: put the base before each, BASE+ADAPTER, or take one of "
+            f"what changed: merge whole models, {_fold_by(method)}, or take one of "
             f"{', '.join(others)}."
         )
     check_fit(method, count, scales, "adapter")
@@ -85,6 +85,12 @@ def choose_rule(
     if method.reduction is None:
         facts_of(method, settings, count, np.zeros(0))  # it may refuse the settings
     return Rule(method, settings)
+
+
+def _fold_by(method: Method) -> str:
+    """The command that merges whole models by a method."""
+    base = " --base BASE" if method.needs_base or method.takes_base else ""
+    return f"`bmerge merge BASE+A BASE+B{base} --method {method.name} -o OUT`"
 
 
 def check_space(name: str | None, given: Mapping[str, float | str], space: str) -> None:

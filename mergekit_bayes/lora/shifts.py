@@ -16,6 +16,7 @@ from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR
 from mergekit_bayes.lora.inputs import AdapterMerge, LayerCopy, Layers
 from mergekit_bayes.lora.rules import Rule
+from mergekit_bayes.lora.writers import FOLD_ALL
 
 
 def have_shifts(layers: Layers) -> bool:
@@ -33,10 +34,29 @@ def have_shifts(layers: Layers) -> bool:
         kind = "embedding" if other.is_embedding else "parameter"
         raise ConfigError(
             f"some of these adapters have biases (lora_bias), and others factors of the {kind} "
-            f"'{other.tensor}': PEFT loads no adapter of both. Fold instead: "
-            "`bmerge merge BASE+A BASE+B --base BASE`."
+            f"'{other.tensor}': PEFT loads no adapter of both. Fold "
+            f"instead: {FOLD_ALL}."
         )
     return True
+
+
+def note_on_zeros(layers: Layers) -> str | None:
+    """What a report says of biases that no adapter has; None if there are none.
+
+    PEFT's `lora_bias` is for all layers of an adapter, whose modules may have no bias in the base.
+    """
+    if not have_shifts(layers):
+        return None
+    without = [
+        name for name, copies in layers.items() if not any(copy.layer.bias for copy in copies)
+    ]
+    if not without:
+        return None
+    return (
+        f"PEFT's lora_bias is for all layers: zeros are stored for {len(without)} that no adapter "
+        f"has a bias for ('{without[0]}'). Where such a module has no bias in the base, PEFT's "
+        "merge_and_unload() refuses the result; to fold it: `bmerge merge BASE+OUT -o WHOLE`"
+    )
 
 
 def check_shifts(layers: Layers, rule: Rule) -> None:
@@ -48,7 +68,7 @@ def check_shifts(layers: Layers, rule: Rule) -> None:
     if have_shifts(layers) and not rule.is_a_sum:
         raise ConfigError(
             f"--method {rule.method.name} merges matrices, and some of these adapters have biases "
-            "(lora_bias). Leave --method out, or fold: `bmerge merge BASE+A BASE+B`."
+            f"(lora_bias). Leave --method out, or fold: {FOLD_ALL}."
         )
 
 

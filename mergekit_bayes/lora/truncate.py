@@ -139,12 +139,7 @@ def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
         CheckpointError: The matrix is beyond float32.
     """
     u, sigma, v = leading_directions(matrix, rank, seed)
-    factors = _factors(u, sigma, v, rank)
-    norm = float(np.linalg.norm(matrix))
-    lacking = np.hypot.reduce(
-        [np.linalg.norm(rows - b @ factors.a) for rows, b in _blocks(matrix, factors.b)]
-    )
-    return Truncated(factors, float(lacking) / norm if norm else 0.0, norm)
+    return _measured_densely(_factors(u, sigma, v, rank), matrix)
 
 
 def leading_directions(matrix: Array, rank: int, seed: int = 0) -> tuple[Array, Array, Array]:
@@ -192,6 +187,33 @@ def as_stored(factors: Factors, rank: int, left: Array, right: Array) -> Truncat
     a[:used], b[:, :used] = factors.a, factors.b
     columns, core, rows = _in_bases(left, right)
     return _measured(columns, core, rows, Factors(a, b), used)
+
+
+def as_stored_dense(factors: Factors, rank: int, matrix: Array) -> Truncated:
+    """Factors as they are stored, as `as_stored`, with a dense matrix to measure the error against.
+
+    Args:
+        factors: Factors of at most that rank.
+        rank: Rank of the result.
+        matrix: float32, shape (d_out, d_in).
+
+    Raises:
+        CheckpointError: The factors or the matrix are beyond float32.
+    """
+    b, a = factors.b.astype(np.float32), factors.a.astype(np.float32)
+    if not all(np.isfinite(values).all() for values in (b, a, matrix)):
+        raise CheckpointError(_BEYOND)
+    used = len(a)
+    stored = Factors(np.pad(a, ((0, rank - used), (0, 0))), np.pad(b, ((0, 0), (0, rank - used))))
+    return _measured_densely(stored, matrix)
+
+
+def _measured_densely(factors: Factors, matrix: Array) -> Truncated:
+    norm = float(np.linalg.norm(matrix))
+    lacking = np.hypot.reduce(
+        [np.linalg.norm(rows - b @ factors.a) for rows, b in _blocks(matrix, factors.b)]
+    )
+    return Truncated(factors, float(lacking) / norm if norm else 0.0, norm)
 
 
 def _blocks(matrix: Array, b: Array) -> Iterator[tuple[Array, Array]]:

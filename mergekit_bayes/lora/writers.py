@@ -12,6 +12,8 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import BmergeError, MismatchError
 from mergekit_bayes.posterior import Posterior
 
+# A sum of changes, by whole models; without the base named once more it would be their average.
+FOLD_ALL = "`bmerge merge BASE+A BASE+B --base BASE -o OUT`"
 FOLD = "Fold it into its base with `PeftModel.merge_and_unload()` and merge the result."
 _FOLDER = "Name its folder, with its adapter_config.json, after the base: BASE+FOLDER."
 _DIFFUSERS = (
