@@ -38,6 +38,19 @@ def test_factors_that_share_one_are_merged_exactly(tmp_path):
     np.testing.assert_allclose(product(tmp_path / "weighted", "m.q"), b @ pairs[0].a, atol=1e-5)
 
 
+def test_a_layer_whose_only_adapter_has_scale_zero_is_not_changed(tmp_path):
+    shared = factors(0)
+    alone = {m: shape for m, shape in LAYERS.items() if m != "m.k"}
+    for name, layers in (("a", alone), ("b", LAYERS)):
+        made = factors(ord(name), layers=layers, same_a=shared)
+        adapter(tmp_path / name, made, precision=precise(made, ord(name)))
+    refs = [str(tmp_path / n) for n in "ab"]
+    out = tmp_path / "out"
+    merge_adapters(refs, out, scales=(1.0, 0.0), weights="precision", space="factor")
+    assert not product(out, "m.k").any()
+    np.testing.assert_allclose(product(out, "m.q"), product(refs[0], "m.q"), atol=1e-5)
+
+
 def test_factors_of_different_starts_are_refused_with_the_numbers(tmp_path):
     made = [factors(s) for s in (1, 2)]
     for name, pair in zip("ab", made, strict=True):

@@ -108,6 +108,9 @@ def merge_factors(merge: AdapterMerge, rank: int, copies: Sequence[LayerCopy]) -
     factors = [merge.scaled(copy) for copy in copies]
     shares = [merge.scales[copy.owner] for copy in copies]
     is_weighed = merge.weights == "precision"
+    if (is_weighed or merge.averaged) and not any(shares):  # of nothing there is no average
+        none = Factors(*map(np.zeros_like, factors[0]))
+        return as_stored(none, rank, none.b, none.a)
     results: dict[str, Array] = {}
     for side in Factors._fields:
         values = [getattr(f, side) for f in factors]
