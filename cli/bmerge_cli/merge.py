@@ -270,8 +270,9 @@ def _adapters_alone(config: MergeConfig) -> bool:
 
 def _may_be_adapter(ref: str) -> bool:
     """Whether a model may be an adapter alone: a folder, or the file in it for its folder."""
-    path = Path(os.path.expanduser(ref))
-    return is_hub_id(ref) or path.is_dir() or (path.name == WEIGHTS and path.is_file())
+    path = os.path.expanduser(ref)
+    is_its_file = os.path.basename(path) == WEIGHTS and os.path.isfile(path)
+    return is_hub_id(ref) or os.path.isdir(path) or is_its_file
 
 
 def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) -> AdapterReport:
