@@ -152,7 +152,7 @@ def test_another_base_than_the_recorded_one_is_told(tmp_path):
     for with_precision in (True, False):  # a merge by equal weights opens none
         for path, is_other in ((folder, False), (half, True)):
             with open_adapted(f"{path}+{tmp_path / 'a'}", with_precision=with_precision) as opened:
-                notes = [n for n in opened.mean.notes if "trained on other weights" in n]
+                notes = [n for n in opened.mean.notes if "made on other weights" in n]
                 assert len(notes) == is_other
                 with (
                     pytest.raises(MismatchError, match=r"Name the base .* --on-base apply")

@@ -133,10 +133,10 @@ def test_an_adapter_is_not_merged_on_another_base_than_it_records(adapters):
             Path("other", name).write_bytes(Path("base", name).read_bytes())
     merge("base+a", base=None, weights="uniform", out="x")
     for weights in ("uniform", "precision"):
-        with pytest.raises(MismatchError, match=r"trained on other weights.*--on-base apply"):
+        with pytest.raises(MismatchError, match=r"made on other weights.*--on-base apply"):
             merge("other+a", base=None, weights=weights, out="y")
     report = merge("other+a", base=None, weights="uniform", out="y", on_base="apply")
-    assert any("trained on other weights" in note for note in report.notes)
+    assert any("made on other weights" in note for note in report.notes)
 
 
 def test_adapters_weigh_by_the_precision_of_their_products_counted_like_the_base(adapters):

@@ -7,6 +7,7 @@ transformers 5 and their `_tied_weights_keys`, ChatGLM, and Llama's own names.
 import re
 
 # Constants that some checkpoints store (masks, position ids, rotary tables), which are not merged.
+USUAL_HEAD = "lm_head.weight"  # of a model for causal language modelling
 _BUFFER = re.compile(
     r"(^|\.)(position_ids|token_type_ids|masked_bias|inv_freq|original_inv_freq|num_batches_tracked)$"
     r"|(^|\.)attn\.bias$"

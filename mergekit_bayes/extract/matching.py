@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.model_config import read_model_config
 from mergekit_bayes.checkpoint.names import (
+    USUAL_HEAD,
     is_buffer,
     is_token_embedding,
     is_vocabulary,
@@ -20,7 +21,6 @@ from mergekit_bayes.plan.model_configs import find_differences
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
 
-_USUAL_HEAD = "lm_head.weight"  # of a model for causal language modelling
 _MADE_OF = "Name the model that it was made of as --base."
 
 
@@ -47,7 +47,7 @@ class Pairing(NamedTuple):
         is_stored = any(may_be_tied_head(name) for name in specs) or self.tied
         if is_stored or len(embeddings) != 1:
             return self
-        return self._replace(tied={embeddings[0]: (_USUAL_HEAD,)})
+        return self._replace(tied={embeddings[0]: (USUAL_HEAD,)})
 
 
 def open_whole(

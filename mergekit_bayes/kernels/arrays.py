@@ -31,12 +31,6 @@ class Arrays(NamedTuple):
     tasks: tuple[Array, ...]
 
 
-def has_model_scope(method: Method, settings: Settings) -> bool:
-    """Whether a method's first pass goes over all tensors before any of them is merged."""
-    reduction = method.reduction
-    return reduction is not None and settings.get("scope", reduction.scope) == "model"
-
-
 def totals_of(method: Method, tensors: Iterable[Arrays]) -> Array:
     """What the first pass of a method adds up over some tensors.
 
@@ -63,7 +57,8 @@ def totals_of(method: Method, tensors: Iterable[Arrays]) -> Array:
                 if reduction.kind == "sum":
                     totals[k] += np.sum(values, dtype=np.float64)
                 else:
-                    np.add.at(totals[k], bin_of(np.asarray(values, np.float32).reshape(-1)), 1)
+                    bins = bin_of(np.asarray(values, np.float32).reshape(-1))
+                    totals[k] += np.bincount(bins, minlength=BINS)
     return totals
 
 

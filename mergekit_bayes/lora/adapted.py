@@ -192,7 +192,7 @@ class AdaptedSource(Closing):
             return None
         named = self.adapter.config.get("base_model_name_or_path")
         return (
-            f"'{self.adapter.ref}' was trained on other weights ('{named}') than those it is "
+            f"'{self.adapter.ref}' was made on other weights ('{named}') than those it is "
             "applied to"
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from mergekit_bayes.checkpoint.model_config import read_config
-from mergekit_bayes.checkpoint.names import is_vocabulary
+from mergekit_bayes.checkpoint.names import USUAL_HEAD, is_vocabulary
 from mergekit_bayes.checkpoint.ties import Tie, find_ties, have_same_values, ties_embeddings
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapted import AdaptedSource
@@ -23,7 +23,6 @@ from mergekit_bayes.posterior import Posterior
 
 _WITHOUT_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")  # names of the modules that it looks for
-_USUAL_HEAD = "lm_head.weight"  # of a model for causal language modelling
 _SAVE = "Save it again with `model.save_pretrained(OUT, save_embedding_layers=True)`. Or: "
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name
 
@@ -149,11 +148,11 @@ def _usual_ties(changed: Collection[str], shapes: Shapes) -> Iterator[Tie]:
     widths = {}
     for name in changed:
         shape = shapes[name]
-        alone = find_ties({_USUAL_HEAD: shape, name: shape}) if len(shape) == 2 else ()
+        alone = find_ties({USUAL_HEAD: shape, name: shape}) if len(shape) == 2 else ()
         if any(tie.source == name for tie in alone):
             widths[shape[1:]] = shape
     for shape in widths.values():
-        yield from find_ties({_USUAL_HEAD: shape, **shapes})
+        yield from find_ties({USUAL_HEAD: shape, **shapes})
 
 
 def _refuse_other_rows(base: Posterior, mean: AdaptedSource, kept: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.kernels.arrays import facts_of, has_model_scope
+from mergekit_bayes.kernels.arrays import facts_of
 from mergekit_bayes.methods import METHODS, Method, check_fit, choose, method_named, settings_of
 
 # The method by which adapters are merged where none is named.
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
     @property
     def has_model_scope(self) -> bool:
         """Whether it must know of all layers before it merges one."""
-        return has_model_scope(self.method, self.settings)
+        return self.method.has_model_scope(self.settings)
 
     @property
     def text(self) -> str:

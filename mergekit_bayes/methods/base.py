@@ -206,6 +206,11 @@ class Method(NamedTuple):
             return self.tensor.needs(settings) == "products"
         return self.turns
 
+    def has_model_scope(self, settings: Settings) -> bool:
+        """Whether its first pass goes over all tensors before any of them is merged."""
+        reduction = self.reduction
+        return reduction is not None and settings.get("scope", reduction.scope) == "model"
+
     @property
     def writes_posterior(self) -> bool:
         """Whether a merge writes a precision beside its mean."""

@@ -151,7 +151,7 @@ class FirstPass:
         plan, reduction = self.plan, self.plan.method.reduction
         if reduction is None:
             return self._finish(np.zeros(0))
-        if plan.settings.get("scope", reduction.scope) == "model":
+        if plan.method.has_model_scope(plan.settings):
             return self._facts_of_model
         return self._finish(self._totals(reduction, [(step, result)]))
 
