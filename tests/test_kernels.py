@@ -240,9 +240,11 @@ def test_a_change_that_rounding_swallows_is_counted():
     assert tally.lost == np.count_nonzero(changed & (expected == chunk.means[0])) > 0
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("rows", [77, None])
 @pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.reduction is not None))
-def test_the_compiled_first_pass_gives_the_bits_of_numpy(name):
-    kind, chunk, numbers = case(name, rows=77)
+def test_the_compiled_first_pass_gives_the_bits_of_numpy(name, rows, dtype):
+    kind, chunk, numbers = case(name, dtype, rows=rows)
     reduction = METHODS[name].reduction
     count = reduction.count(len(numbers.scales))
     shape, dtype = (
@@ -253,6 +255,22 @@ def test_the_compiled_first_pass_gives_the_bits_of_numpy(name):
     first_pass(kind, fused=True)(chunk, numbers, fused)
     np.testing.assert_array_equal(plain, fused)
     assert plain.any()
+
+
+def test_a_pass_takes_the_constants_of_each_call():
+    """They are flattened once for all chunks of a tensor, and kept by identity."""
+    kind, chunk, numbers = case("task_arithmetic")
+    others = [
+        numbers._replace(scales=tuple(np.float32(k * s) for s in numbers.scales))
+        for k in range(1, 100)
+    ]
+    act = elementwise(kind, fused=True)
+    for other in [*others, *others[:3]]:
+        act(chunk, other, Tally(len(chunk.means)))
+        np.testing.assert_array_equal(chunk.mean, run(kind, chunk, other, fused=False)[0])
+    wide = case("task_arithmetic", "F64")
+    act(wide[1], wide[2], Tally(len(chunk.means)))
+    np.testing.assert_array_equal(wide[1].mean, run(*wide, fused=False)[0])
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])

@@ -101,6 +101,14 @@ def test_a_layout_tells_every_difference_that_code_may_depend_on():
         machine_code.flatten((locked,))
 
 
+def test_a_constant_is_laid_out_as_its_value_is():
+    numbers, array = ((1.0, np.float32(2)), (), (np.uint64(3),)), np.zeros(3)
+    plain = machine_code.flatten((array, numbers, 4))
+    assert machine_code.flatten((array, machine_code.Constant(numbers), 4)) == plain
+    with pytest.raises(TypeError):
+        machine_code.flatten((machine_code.Constant((1.0, "text")),))
+
+
 def test_a_rule_that_was_made_at_run_time_is_not_kept(monkeypatch):
     kind, _, _ = case("task_arithmetic")
     assert launch._name_of("pass", kind, type(None)) is not None

@@ -21,6 +21,7 @@ from mergekit_bayes.methods.base import Facts, Method
 Array: TypeAlias = NDArray[Any]
 Constants: TypeAlias = tuple[Number, ...]
 
+BLOCK = 2048  # entries that a compiled pass works on at a time: eight arrays fit the first caches
 LANES = 8  # interleaved partial sums: a fixed order of addition that also vectorises
 
 

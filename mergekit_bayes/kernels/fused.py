@@ -17,6 +17,7 @@ from numba.cpython.unsafe.tuple import tuple_setitem
 from mergekit_bayes.compiled import compiled, inlined
 from mergekit_bayes.gaussian import Gaussian, select
 from mergekit_bayes.kernels.base import (
+    BLOCK,
     LANES,
     Kind,
     Numbers,
@@ -45,8 +46,6 @@ from mergekit_bayes.methods.histogram import SHIFT
 # Loops over models must vanish: an index into a tuple that is known at run time only is a switch,
 # and nothing is vectorised around it. LLVM's own threshold gives up at seven models.
 llvmlite.binding.set_option("bmerge", "-unroll-threshold=100000")
-
-_BLOCK = 2048  # entries; eight arrays of it fit the first two caches
 
 
 @compiled(fastmath={"reassoc"})
@@ -163,7 +162,7 @@ def make_pass(kind: Kind, facts_type: type) -> Any:
         entries = mean.size
         begin, segment, r = 0, min(first, entries), 0
         while begin < entries:
-            end = min(begin + _BLOCK, segment)
+            end = min(begin + BLOCK, segment)
             # Unsigned: a signed index would be wrapped around, and the loop not vectorised.
             start, stop = np.uint64(begin), np.uint64(end)
             extra = numbers.gains
@@ -238,10 +237,10 @@ def make_pass(kind: Kind, facts_type: type) -> Any:
 
 @cache
 def make_reduction(kind: Kind) -> Any:
-    """numba's dispatcher of a method's first pass."""
+    """numba's dispatcher of a method's first pass that adds up."""
     reduction = kind.method.reduction
     assert reduction is not None
-    sources, adds = stamp(kind.method), reduction.kind == "sum"
+    sources = stamp(kind.method)
     flags, statistic = (kind.weighs, kind.has_base, kind.anchored), inline(reduction.statistic)
 
     @compiled(error_model="numpy")
@@ -260,16 +259,52 @@ def make_reduction(kind: Kind) -> Any:
                 centre, tasks = _entry(j, means, precisions, extra, numbers, template, flags)
                 for k in range(count):
                     value = unwidened(statistic(centre, tasks, k), zero)
-                    if adds:
-                        lanes[k, j % np.uint64(LANES)] += value
-                    else:
-                        pattern = np.float32(value).view(np.uint32) & np.uint32(0x7FFFFFFF)
-                        totals[k, pattern >> np.uint32(SHIFT)] += 1
+                    lanes[k, j % np.uint64(LANES)] += value
             start, stop, r = stop, min(stop + np.uint64(row), np.uint64(entries)), r + 1
-        if adds:
-            for k in range(count):
-                for lane in range(LANES):
-                    totals[k] += lanes[k, lane]
+        for k in range(count):
+            for lane in range(LANES):
+                totals[k] += lanes[k, lane]
+
+    return kernel
+
+
+@cache
+def make_histogram(kind: Kind) -> Any:
+    """numba's dispatcher of a method's first pass that counts magnitudes.
+
+    The bins of a block are computed first, in vectors. `bins` has an array of `BLOCK` for each
+    statistic, in a tuple, whose length is known when the loop over them is unrolled.
+    """
+    reduction = kind.method.reduction
+    assert reduction is not None
+    sources = stamp(kind.method)
+    flags, statistic = (kind.weighs, kind.has_base, kind.anchored), inline(reduction.statistic)
+
+    @compiled(error_model="numpy")
+    def kernel(chunk, constants, zero, template, bins, totals):
+        _ = sources
+        means, precisions, extras, first, row = chunk[:5]
+        numbers = Numbers(*constants)
+        entries = means.shape[1]
+        begin, segment, r = 0, min(first, entries), 0
+        while begin < entries:
+            end = min(begin + BLOCK, segment)
+            start, stop = np.uint64(begin), np.uint64(end)
+            extra = numbers.gains
+            for i in range(len(extra)):
+                extra = tuple_setitem(extra, i, extras[i, r])
+            for k in range(len(bins)):
+                for j in range(start, stop):
+                    centre, tasks = _entry(j, means, precisions, extra, numbers, template, flags)
+                    value = unwidened(statistic(centre, tasks, k), zero)
+                    pattern = np.float32(value).view(np.uint32) & np.uint32(0x7FFFFFFF)
+                    bins[k][j - start] = pattern >> np.uint32(SHIFT)
+            for k in range(len(bins)):
+                for j in range(stop - start):
+                    totals[k, bins[k][j]] += 1
+            begin = end
+            if end == segment:
+                segment, r = min(segment + row, entries), r + 1
 
     return kernel
 

@@ -11,9 +11,21 @@ import numpy as np
 
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels import machine_code
-from mergekit_bayes.kernels.base import LANES, Array, Chunk, Kind, Numbers, Pass, Reduce, Tally
+from mergekit_bayes.kernels.base import (
+    BLOCK,
+    LANES,
+    Array,
+    Chunk,
+    Kind,
+    Numbers,
+    Pass,
+    Reduce,
+    Tally,
+)
+from mergekit_bayes.kernels.machine_code import Constant
 from mergekit_bayes.kernels.sources import constants_of, functions_of, stamp
 
+_KEPT = 64  # constants of a pass: those of the sets of a prediction take turns at each chunk
 _making = Lock()  # two threads would compile one function twice
 
 
@@ -30,14 +42,17 @@ class Function:
         self._kept: dict[str, machine_code.Code | None] = {}
 
     def __call__(self, *arguments: Any) -> None:
-        """Run it. An argument that numba cannot compile it for raises numba's error."""
+        """Run it. An argument that numba cannot compile it for raises numba's error.
+
+        What many calls share may be given as a `machine_code.Constant`.
+        """
         layout: str = ""
         values: list[Any] = []
         if self._name is not None:
             with suppress(TypeError):  # of another kind: numba may know it
                 layout, values = machine_code.flatten(arguments)
         if not layout:
-            self._compiled()(*arguments)
+            self._compiled()(*_bare(arguments))
             return
         if layout not in self._kept:
             with _making:
@@ -47,7 +62,7 @@ class Function:
         if code is not None:
             code(values)
         else:
-            self._compiled()(*arguments)
+            self._compiled()(*_bare(arguments))
 
     def _compiled(self) -> Any:
         with _making:
@@ -61,7 +76,7 @@ class Function:
             from numba import typeof
 
             kernel = self._make()
-            kernel.compile(tuple(typeof(argument) for argument in arguments))
+            kernel.compile(tuple(typeof(argument) for argument in _bare(arguments)))
             machine_code.keep(self._name, layout, kernel)
         return code
 
@@ -72,10 +87,13 @@ def fused_pass(kind: Kind) -> Pass:
     For a method that cannot be compiled it then raises numba's error, before it writes anything.
     """
 
+    constants_of_call = _Constants()
+
     def run(chunk: Chunk, numbers: Numbers, tally: Tally) -> None:
         counts, largest = np.zeros(4, np.int64), np.zeros(1)
         _pass_of(kind, cast(Hashable, type(numbers.facts)))(
-            *_bare(chunk, numbers),
+            tuple(chunk),
+            *constants_of_call(chunk, numbers),
             tally.bad_means,
             tally.bad_precisions,
             tally.stored,
@@ -100,9 +118,17 @@ def fused_reduction(kind: Kind) -> Reduce:
     It raises as `fused_pass` does.
     """
 
+    constants_of_call = _Constants()
+    reduction = kind.method.reduction
+    assert reduction is not None
+    counts = reduction.kind == "histogram"
+
     def run(chunk: Chunk, numbers: Numbers, totals: Array) -> None:
-        lanes = np.zeros((len(totals), LANES))  # the code itself takes no memory
-        _reduction_of(kind)(*_bare(chunk, numbers._replace(facts=())), lanes, totals)
+        scratch: Any = np.zeros((len(totals), LANES))  # the code itself takes no memory
+        if counts:
+            scratch = tuple(np.empty(BLOCK, np.uint32) for _ in totals)
+        constants = constants_of_call(chunk, numbers)
+        _reduction_of(kind)(tuple(chunk), *constants, scratch, totals)
 
     return run
 
@@ -127,9 +153,11 @@ def _pass_of(kind: Kind, facts: Hashable) -> Function:
 @cache
 def _reduction_of(kind: Kind) -> Function:
     def make() -> Any:
-        from mergekit_bayes.kernels.fused import make_reduction
+        from mergekit_bayes.kernels.fused import make_histogram, make_reduction
 
-        return make_reduction(kind)
+        assert kind.method.reduction is not None
+        counts = kind.method.reduction.kind == "histogram"
+        return make_histogram(kind) if counts else make_reduction(kind)
 
     return Function(_name_of("reduction", kind, NoneType), make)
 
@@ -161,12 +189,33 @@ def _name_of(what: str, kind: Kind, facts: type) -> machine_code.Name | None:
     return machine_code.Name(" ".join(parts), " ".join([str(checksum), *constants]))
 
 
-def _bare(chunk: Chunk, numbers: Numbers) -> tuple[Any, ...]:
-    """Chunk and numbers as plain tuples, a zero of the arithmetic, and a Gaussian of it per task.
+class _Constants:
+    """The arguments of a pass besides its chunk, flattened once for all chunks of a tensor.
 
+    They are plain tuples of the numbers, a zero of the arithmetic, and a Gaussian of it per task:
     numba's cache on disk names the classes of arguments, and could not be read any more after one
     was renamed.
     """
-    zero = chunk.extras.dtype.type(0)
-    constants = numbers._replace(facts=tuple(numbers.facts or ()))
-    return tuple(chunk), tuple(constants), zero, tuple(Gaussian(zero, zero) for _ in numbers.scales)
+
+    def __init__(self) -> None:
+        # By identity: the numbers, the arithmetic and what was made of them.
+        self._kept: dict[int, tuple[Numbers, np.dtype[Any], tuple[Constant, ...]]] = {}
+
+    def __call__(self, chunk: Chunk, numbers: Numbers) -> tuple[Constant, ...]:
+        """Those for a chunk."""
+        kept, real = self._kept.get(id(numbers)), chunk.extras.dtype
+        if kept is not None and kept[0] is numbers and kept[1] == real:
+            return kept[2]
+        zero = real.type(0)
+        plain = tuple(numbers._replace(facts=tuple(numbers.facts or ())))
+        template = tuple(Gaussian(zero, zero) for _ in numbers.scales)
+        constants = tuple(Constant(value) for value in (plain, zero, template))
+        if len(self._kept) >= _KEPT:
+            self._kept.clear()
+        self._kept[id(numbers)] = numbers, real, constants
+        return constants
+
+
+def _bare(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as numba takes them."""
+    return tuple(a.value if isinstance(a, Constant) else a for a in arguments)

@@ -52,8 +52,35 @@ class Name(NamedTuple):
     version: str
 
 
+class Constant:
+    """An argument that is the same in many calls, and is flattened once.
+
+    Args:
+        value: The argument.
+
+    Attributes:
+        value: The argument.
+        codes: Its part of the layout; None where it has none.
+        values: Its values in that order.
+    """
+
+    __slots__ = ("codes", "value", "values")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.codes: list[str] | None = []
+        self.values: list[Any] = []
+        try:
+            _flatten(value, self.codes, self.values)
+        except TypeError:  # of another kind: numba may know it
+            self.codes = None
+
+
 def flatten(arguments: tuple[Any, ...]) -> tuple[str, list[Any]]:
     """The layout of the arguments of a compiled function, and their values in its order.
+
+    Args:
+        arguments: Numbers, arrays, tuples of them, and `Constant`s.
 
     Raises:
         TypeError: An argument is of another kind, or an array that is not contiguous.
@@ -107,13 +134,18 @@ def keep(name: Name, layout: str, kernel: Any) -> None:
 
 
 def _flatten(value: Any, codes: list[str], values: list[Any]) -> None:
-    if isinstance(value, tuple):
+    if isinstance(value, Constant):
+        if value.codes is None:
+            raise TypeError("a constant that has no layout")
+        codes += value.codes
+        values += value.values
+    elif isinstance(value, tuple):
         codes.append("(")
         for item in value:
             _flatten(item, codes, values)
         codes.append(")")
     elif isinstance(value, np.ndarray):
-        if not (value.flags.c_contiguous and value.flags.aligned and value.flags.writeable):
+        if not value.flags.carray:
             raise TypeError("an array that is not contiguous, aligned and writeable")
         codes.append(f"[{value.dtype.str}{value.ndim}]")
         data = value.__array_interface__["data"][0]
