@@ -115,6 +115,24 @@ def test_a_giant_tensor_is_shared_among_parts(tmp_path, monkeypatch):
     assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "gradient_matching"])
+@pytest.mark.parametrize("models", [2, 3, 24])
+def test_a_chunk_takes_as_much_memory_whatever_the_number_of_models(
+    tmp_path, monkeypatch, models, method
+):
+    monkeypatch.chdir(tmp_path)
+    for i in range(models):
+        ones = {"wte.weight": np.ones((10, 10), np.float32)}
+        tiny.posterior(f"{i}.safetensors", ones, ones)
+    names = tuple(f"{i}.safetensors" for i in range(models))
+    settings = MergeConfig(models=names[1:], base=names[0], method=method, out="c.safetensors")
+    with closing(plan_merge(settings)) as plan:
+        entries = units_module.entries_at_a_time(plan, plan.steps[0])
+    arrays = (models + 1) * (1 + (method == "gradient_matching"))
+    assert entries & (entries - 1) == 0
+    assert 1 << 22 < 4 * arrays * entries <= max(1 << 23, 4 * arrays << 16)
+
+
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"])
 def test_a_shard_that_is_none_is_refused(text):
     with pytest.raises(Exception, match="expected I/N"):

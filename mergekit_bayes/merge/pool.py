@@ -16,8 +16,8 @@ from mergekit_bayes.stream.chunks import FirstPassResult, Reader
 from mergekit_bayes.stream.first_pass import FirstPass
 from mergekit_bayes.stream.units import Unit
 
-# Entries read, combined and written at a time. The compiled pass works in blocks of its own;
-# numpy's temporaries should stay in the second-level cache.
+# Entries read and combined at a time where nothing is written. The compiled pass works in blocks of
+# its own; numpy's temporaries should stay in the second-level cache.
 CHUNK, PLAIN_CHUNK = 1 << 18, 1 << 16
 # Below this many entries to merge, loading numba costs more than it saves.
 WORTH_FUSING = 1 << 25
@@ -31,7 +31,8 @@ class Pool:
 
     Args:
         plan: The merge.
-        chunk: Entries read, combined and written at a time; None for the default.
+        chunk: Entries read, combined and written at a time; None for `entries_at_a_time`, or
+            `PLAIN_CHUNK` in numpy.
         threads: How many threads; None for one per core, at most four.
         fused: Whether to use the compiled passes; None where they are worth their loading time.
         sync: Whether to wait for the disk after every unit.
@@ -54,7 +55,7 @@ class Pool:
         entries = sum(step.merged for step in plan.steps)
         is_worth_it = entries >= WORTH_FUSING if fused is None else fused
         self._fused = is_worth_it and can_fuse(len(plan.inputs))
-        self._chunk = chunk or (CHUNK if self._fused else PLAIN_CHUNK)
+        self._chunk = chunk if self._fused else chunk or PLAIN_CHUNK
         self._local = threading.local()
         self._writing = threading.Lock()
 

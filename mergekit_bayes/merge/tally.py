@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-import numpy as np
-
 from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.kernels.base import Tally
@@ -52,10 +50,11 @@ class UnitTally:
         self.guarded += tally.guarded
         self.multiplier = max(self.multiplier, tally.multiplier)
         sums = self.stored or [0.0] * tally.models
-        self.stored = [a + float(b) for a, b in zip(sums, tally.stored, strict=True)]
-        moves = np.hstack([tally.distances, tally.products]).ravel()
-        before = self.moves or [0.0] * moves.size
-        self.moves = [a + float(b) for a, b in zip(before, moves, strict=True)]
+        self.stored = [a + b for a, b in zip(sums, tally.stored.tolist(), strict=True)]
+        by_model = zip(tally.distances.tolist(), tally.products.tolist(), strict=True)
+        moves = [value for sums_of_model in by_model for pair in sums_of_model for value in pair]
+        before = self.moves or [0.0] * len(moves)
+        self.moves = [a + b for a, b in zip(before, moves, strict=True)]
 
     def add_replaced(self, counts: Sequence[int]) -> None:
         """Add how many entries of each model were replaced."""

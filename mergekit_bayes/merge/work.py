@@ -15,7 +15,7 @@ from mergekit_bayes.checkpoint.codec import (
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE, TensorSink
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
-from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, single_precision
+from mergekit_bayes.kernels.base import Array, Chunk, Kind, Numbers, Pass, Tally, single_precision
 from mergekit_bayes.merge.coarse import merged_rows
 from mergekit_bayes.merge.matrices import Layer, copied_matrices, merge_matrices, read_layer
 from mergekit_bayes.merge.tally import UnitTally
@@ -26,7 +26,7 @@ from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
-from mergekit_bayes.stream.units import Unit, entries_together
+from mergekit_bayes.stream.units import Unit, entries_at_a_time, entries_together
 
 _AS_COMPUTED = ("BF16", "F32", "F64")  # dtypes that a pass writes itself
 
@@ -49,7 +49,8 @@ class Worker:
     Args:
         plan: The merge.
         reader: The thread's reader.
-        chunk: Entries that are read, combined and written at a time.
+        chunk: Entries that are read, combined and written at a time; None for as many as the
+            compiled pass does best.
         fused: Whether to use the compiled passes.
         layers: Reads a tensor that is merged as a whole matrix.
     """
@@ -58,7 +59,7 @@ class Worker:
         self,
         plan: MergePlan,
         reader: Reader,
-        chunk: int,
+        chunk: int | None,
         *,
         fused: bool,
         layers: Callable[[MergePlan, Step], Layer] = read_layer,
@@ -66,6 +67,7 @@ class Worker:
         self._plan, self._reader, self._size, self._fused = plan, reader, chunk, fused
         self._read_layer = layers
         self._passes: dict[Kind, Pass] = {}
+        self._last: tuple[FirstPassResult, Kind, Numbers] | None = None
 
     def run(self, unit: Unit, measured: FirstPassResult, sinks: Sinks) -> UnitTally:
         """Read, combine and write one unit.
@@ -97,7 +99,8 @@ class Worker:
             elif sinks.precision is not None and step.has_coarse_precision:
                 self._write_coarse(step, measured, sinks.precision)
         start = unit.start
-        size = whole_rows(self._size, entries_together(self._plan, step))
+        size = self._size or entries_at_a_time(self._plan, step)
+        size = whole_rows(size, entries_together(self._plan, step))
         while start < unit.stop:
             stop = min(start + size, unit.stop)
             if start < step.merged and step.settings is not None:
@@ -123,10 +126,9 @@ class Worker:
         sinks: Sinks,
         tally: UnitTally,
     ) -> None:
-        kind = kind_of(self._plan, step)
+        kind, numbers = self._constants(step, measured)
         if kind not in self._passes:
             self._passes[kind] = elementwise(kind, fused=self._fused)
-        numbers = numbers_of(self._plan, step, measured.facts)
         chunk = self._reader.chunk(step, measured, start, stop)
         counts = Tally(len(chunk.means))
         self._passes[kind](chunk, numbers, counts)
@@ -145,6 +147,13 @@ class Worker:
         sinks.mean.write_bytes(step.name, start * ITEM_SIZE[step.spec.dtype], data)
         if sinks.precision is not None and not step.has_coarse_precision:
             sinks.precision.write_bytes(step.name, start * 4, chunk.precision.view(np.uint8).data)
+
+    def _constants(self, step: Step, measured: FirstPassResult) -> tuple[Kind, Numbers]:
+        """What is the same for all chunks of a tensor: making it costs as much as reading one."""
+        if self._last is None or self._last[0] is not measured:
+            kind = kind_of(self._plan, step)
+            self._last = measured, kind, numbers_of(self._plan, step, measured.facts)
+        return self._last[1:]
 
     def _merge_tensor(
         self,

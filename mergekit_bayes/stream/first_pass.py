@@ -3,11 +3,12 @@
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from mergekit_bayes.kernels import first_pass
-from mergekit_bayes.kernels.base import Array
+from mergekit_bayes.kernels.base import Array, Numbers, Reduce
 from mergekit_bayes.methods.base import FactInputs, Facts, Reduction
 from mergekit_bayes.methods.histogram import BINS
 from mergekit_bayes.methods.measuring import WINDOW, OrderedMap
@@ -20,8 +21,18 @@ from mergekit_bayes.stream.mixtures import settled
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
 from mergekit_bayes.stream.pieces import measures
 from mergekit_bayes.stream.products import products
+from mergekit_bayes.stream.units import entries_at_a_time
 
-_Window = tuple[Step, FirstPassResult, int, int]  # entries start:stop of a step
+
+class _Window(NamedTuple):
+    """Entries `start:stop` of a step, and what is done with them."""
+
+    step: Step
+    result: FirstPassResult
+    act: Reduce
+    numbers: Numbers
+    start: int
+    stop: int
 
 
 class FirstPass:
@@ -176,31 +187,37 @@ class FirstPass:
     def _totals(self, reduction: Reduction, steps: Sequence[tuple[Step, FirstPassResult]]) -> Array:
         """The method's statistics, summed or counted over all merged entries of some steps."""
         count = reduction.count(len(self.plan.tasks))
-        windows = [
-            (step, result, start, min(start + WINDOW, step.merged))
-            for step, result in steps
-            for start in range(0, step.merged, WINDOW)
-        ]
-        # Counts may be added in any order, each thread its own; sums of floats may not.
+        # Counts may be added in any order and by any windows, each thread its own; sums of floats
+        # may not.
+        counts = reduction.kind == "histogram"
+        windows: list[_Window] = []
+        for step, result in steps:
+            size = entries_at_a_time(self.plan, step) if counts else WINDOW
+            act = first_pass(kind_of(self.plan, step), fused=self.fused)
+            numbers = numbers_of(self.plan, step, None)
+            for start in range(0, step.merged, size):
+                stop = min(start + size, step.merged)
+                windows.append(_Window(step, result, act, numbers, start, stop))
         counted: dict[int, Array] = {}
 
         def measure(window: _Window) -> Array | None:
-            step, result, start, stop = window
-            chunk = self.reader().chunk(step, result, start, stop)
+            chunk = self.reader().chunk(window.step, window.result, window.start, window.stop)
             if self.plan.config.on_bad == "base":
                 replace_bad_means(chunk.means)
-            numbers = numbers_of(self.plan, step, None)
-            if reduction.kind == "histogram":
-                into = counted.setdefault(threading.get_ident(), np.zeros((count, BINS), np.int64))
-            else:
-                into = np.zeros(count)
-            first_pass(kind_of(self.plan, step), fused=self.fused)(chunk, numbers, into)
-            return into if reduction.kind == "sum" else None
+            if not counts:
+                sums = np.zeros(count)
+                window.act(chunk, window.numbers, sums)
+                return sums
+            thread = threading.get_ident()
+            if thread not in counted:
+                counted[thread] = np.zeros((count, BINS), np.int64)
+            window.act(chunk, window.numbers, counted[thread])
+            return None
 
         totals = np.zeros(count)
         for sums in self.map(measure, windows):
             if sums is not None:
                 totals += sums
-        if reduction.kind == "sum":
+        if not counts:
             return totals
         return sum(counted.values(), np.zeros((count, BINS), np.int64))

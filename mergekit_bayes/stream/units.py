@@ -2,10 +2,15 @@
 
 from typing import NamedTuple
 
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE
 from mergekit_bayes.methods.measuring import whole_rows
 from mergekit_bayes.plan import MergePlan, Step
 
 UNIT = 1 << 22  # entries; a killed merge repeats at most one unit per thread
+# Bytes that a thread reads and makes at a time. A chunk costs the interpreter 0.1 ms whatever its
+# size; what does not fit the second cache any more costs less than that.
+_BUFFERS = 1 << 23
+_LEAST = 1 << 16  # entries at a time
 
 
 class Unit(NamedTuple):
@@ -38,6 +43,18 @@ def units_of(plan: MergePlan) -> list[Unit]:
             units.append(Unit(len(units), index, start, stop, (before + start) / total))
         before += step.spec.size
     return units
+
+
+def entries_at_a_time(plan: MergePlan, step: Step) -> int:
+    """Entries of a tensor that a compiled pass reads, combines and writes at a time.
+
+    A power of two, so that the blocks in which a pass counts are the same for any model.
+    """
+    models = len(step.operands)
+    each = (models + 1) * ITEM_SIZE[step.spec.dtype]
+    if plan.method.needs_precision:
+        each += 4 * (models + 1)
+    return max(_LEAST, 1 << (_BUFFERS // each).bit_length() - 1)
 
 
 def entries_together(plan: MergePlan, step: Step) -> int:
