@@ -17,6 +17,8 @@ from mergekit_bayes.methods.measuring import WINDOW, OrderedMap
 from mergekit_bayes.plan import MergePlan, Operand
 from mergekit_bayes.stream.chunks import Reader
 
+_READ = 4 * WINDOW  # entries that are read at a time
+
 
 class _Window(NamedTuple):
     start: int
@@ -46,10 +48,12 @@ class PrecisionMeans:
 
     def over_tensor(self, operand: Operand, size: int) -> tuple[Array, int]:
         """The mean of the first `size` entries, (1,) in float64, and how many of them are bad."""
+        end = size // WINDOW * WINDOW
         windows = [
-            _Window(start, min(start + WINDOW, size), min(WINDOW, size - start))
-            for start in range(0, size, WINDOW)
+            _Window(start, min(start + _READ, end), WINDOW) for start in range(0, end, _READ)
         ]
+        if end < size:
+            windows.append(_Window(end, size, size - end))
         sums, bad = self._sums(operand, windows)
         return np.array([_sum_in_order(sums) / max(size, 1)]), bad
 
@@ -65,7 +69,7 @@ class PrecisionMeans:
             (rows,) in float64, and the number of bad entries.
         """
         if row <= WINDOW:
-            step = WINDOW // row * row
+            step = _READ // row * row
             windows = [
                 _Window(start, min(start + step, size), row) for start in range(0, size, step)
             ]
