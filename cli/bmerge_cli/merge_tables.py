@@ -1,16 +1,18 @@
 """What `bmerge merge` shows: its plan as a table or a document, and its reports."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from bmerge_cli.render import table
-from mergekit_bayes.lora import AdapterReport
 from mergekit_bayes.merge import MergeReport, PredictionReport
 from mergekit_bayes.merge.increase import Increase
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import Input, MergePlan
+
+if TYPE_CHECKING:
+    from mergekit_bayes.lora import AdapterReport
 
 # Why a prediction is not trusted; see merge/increase.
 _TOO_FAR = "the merge is farther from the model than the base is, by the model's own precision"
@@ -162,7 +164,7 @@ def _percent(share: float) -> str:
     return "less than 0.01%" if 0 < share < 5e-5 else f"{share:.2%}"
 
 
-def show_adapters(screen: Console, report: AdapterReport) -> None:
+def show_adapters(screen: Console, report: "AdapterReport") -> None:
     """Print what a merge of adapters did."""
     exact = report.exact_rank
     lost = f"the largest relative error of a layer is {report.largest_error:.3g}"
