@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from bmerge_cli.flags import Settings
 from bmerge_cli.merge_tables import show_adapters
-from bmerge_cli.render import progress_bar
+from bmerge_cli.render import Screen, progress_bar
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.lora import AdapterReport, merge_adapters
 from mergekit_bayes.lora.writers import FOLD_ALL
@@ -14,7 +12,7 @@ from mergekit_bayes.merge import MergeConfig
 from mergekit_bayes.plan.trajectory import along_trajectory
 
 
-def merge_adapters_alone(config: MergeConfig, settings: Settings, screen: Console) -> AdapterReport:
+def merge_adapters_alone(config: MergeConfig, settings: Settings, screen: Screen) -> AdapterReport:
     """Merge adapters into one, and print what was done.
 
     Args:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from bmerge_cli import values
 from bmerge_cli.delivery import PushTo, delivering
@@ -19,7 +18,7 @@ from bmerge_cli.merge_tables import (
     show_predictions,
     show_report,
 )
-from bmerge_cli.render import Json, Quiet, console, failures, print_json, progress_bar
+from bmerge_cli.render import Json, Quiet, Screen, console, failures, print_json, progress_bar
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import BmergeError, ConfigError
@@ -285,7 +284,7 @@ def _predict(
     settings: Settings,
     sets: Sequence[str],
     refused: Sequence[str],
-    screen: Console,
+    screen: Screen,
     *,
     threads: int | None,
     as_json: bool,
@@ -313,7 +312,7 @@ def _predict(
         print_json(report.model_dump(mode="json"))
 
 
-def _print_plan(config: MergeConfig, screen: Console, *, as_json: bool) -> None:
+def _print_plan(config: MergeConfig, screen: Screen, *, as_json: bool) -> None:
     # A plan replaces nothing, so an output that exists is no reason to stop.
     with plan_merge(config.model_copy(update={"force": True})) as plan:
         show_plan(screen, plan)
@@ -322,7 +321,7 @@ def _print_plan(config: MergeConfig, screen: Console, *, as_json: bool) -> None:
 
 
 def _merge_models(
-    config: MergeConfig, screen: Console, part: Part | None, *, threads: int | None, sync: bool
+    config: MergeConfig, screen: Screen, part: Part | None, *, threads: int | None, sync: bool
 ) -> MergeReport | None:
     """Plan a merge of whole models and carry it out."""
     with plan_merge(config) as plan:
@@ -330,7 +329,7 @@ def _merge_models(
 
 
 def _carry_out(
-    plan: MergePlan, screen: Console, *, part: Part | None, threads: int | None, sync: bool
+    plan: MergePlan, screen: Screen, *, part: Part | None, threads: int | None, sync: bool
 ) -> MergeReport | None:
     """Merge whole models; no report where another process, or a later call, makes it."""
     launched = part_of_launcher() if part is None else None
