@@ -147,7 +147,7 @@ def test_a_quiet_merge_of_plain_models_loads_nothing_that_only_others_need(tmp_p
     words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
     loaded = loaded_by(f"from bmerge_cli.main import app\napp({words!r}, standalone_mode=False)")
     of_adapters = ROOMS["lora"].steps.keys() - {"config", "opening", "variants", "writers"}
-    unused = {"rich", "numpy.random", "mergekit_bayes.mergekit"}
+    unused = {"rich", "numpy.random", "mergekit_bayes.mergekit", "mergekit_bayes.plan.unions"}
     unused |= {f"mergekit_bayes.lora.{name}" for name in of_adapters}
     if "--dry-run" in rest:
         unused.add("yaml")
