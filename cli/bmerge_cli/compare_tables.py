@@ -57,9 +57,7 @@ def _show(
     columns: Mapping[str, Sequence[str]],
 ) -> None:
     """Print a row for each name, and beside each other as many columns as the screen holds."""
-    for beside in _fitting(
-        [head, *names], [[h, *c] for h, c in columns.items()], screen.rich.width
-    ):
+    for beside in _fitting([head, *names], [[h, *c] for h, c in columns.items()], screen.width):
         rows = zip(names, *(column[1:] for column in beside), strict=True)
         heads = [head, *(column[0] for column in beside)]
         screen.print(table(heads, [list(row) for row in rows], title=title))

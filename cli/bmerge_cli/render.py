@@ -73,6 +73,11 @@ class Screen:
         """Whether it is a terminal that is not quiet, so that bars make sense."""
         return not self.quiet and self.rich.is_terminal
 
+    @property
+    def width(self) -> int:
+        """How many characters a line holds."""
+        return self.rich.width
+
     def print(self, shown: "RenderableType", **options: Any) -> None:
         """Show text or a table, with the options of rich's `print`."""
         if not self.quiet:
