@@ -14,8 +14,8 @@ from collections.abc import Callable
 # Read by libraries when they are loaded; what the user has set stays, and processes that a command
 # starts inherit them.
 _LIBRARIES = {
-    # An idle thread of numpy's OpenBLAS spins for 2^N ticks, by default 2^26 to 2^28, before it
-    # sleeps: up to 0.1 s of each core from the moment that numpy is loaded. 2^20 are about 0.4 ms,
+    # An idle thread of numpy's OpenBLAS spins for 2^N ticks before it sleeps: by default a tenth of
+    # a second of every other core from the moment that numpy is loaded. 2^20 are about 0.4 ms,
     # which still bridges the time between two calls of a decomposition.
     "OPENBLAS_THREAD_TIMEOUT": "20",
     # Else pydantic reads the entry points of every package that is installed to look for plugins.
