@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE
 from mergekit_bayes.configs import read_yaml, read_yaml_documents
 from mergekit_bayes.errors import ConfigError
@@ -50,6 +48,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def recipe_text(settings: Mapping[str, object]) -> str:
     """The text of a recipe with these settings."""
+    import yaml  # at the end of a merge, not at its start
+
     return _HEADER + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from bmerge_cli.render import steps_bar
+from bmerge_cli.render import Screen, steps_bar
 from tests import tiny
 
 
@@ -33,10 +33,11 @@ def world(tmp_path, monkeypatch):
 
 
 def test_a_step_may_be_named_like_markup():
-    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    screen = Screen()
+    screen.rich = Console(file=io.StringIO(), force_terminal=True, width=100)
     with steps_bar(screen) as advance:
         advance("perplexity of [red]a[/x]", 1, 2)
-    assert "perplexity of [red]a[/x]" in screen.file.getvalue()
+    assert "perplexity of [red]a[/x]" in screen.rich.file.getvalue()
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
@@ -59,6 +60,28 @@ def test_help_is_quick_and_loads_nothing_heavy():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5, seconds
+
+
+@pytest.mark.parametrize("timeout", [None, "26"])
+def test_the_entry_sets_what_libraries_read_and_collects_again_once_all_is_loaded(timeout):
+    """Idle threads of OpenBLAS sleep soon, unless the user says otherwise."""
+    code = """import atexit, gc, os, sys
+sys.argv = ["bmerge", "--version"]
+def say():
+    assert gc.isenabled() and gc.get_freeze_count()
+    print(os.environ["OPENBLAS_THREAD_TIMEOUT"], os.environ["PYDANTIC_DISABLE_PLUGINS"])
+atexit.register(say)
+from bmerge_cli.entry import main
+assert "numpy" not in sys.modules and "pydantic" not in sys.modules
+main()"""
+    names = ("OPENBLAS_THREAD_TIMEOUT", "PYDANTIC_DISABLE_PLUGINS")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    if timeout is not None:
+        environment[names[0]] = timeout
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == f"{timeout or 20} __all__"
 
 
 def test_every_command_has_help():

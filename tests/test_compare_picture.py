@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from bmerge_cli.compare_tables import show_compare
-from bmerge_cli.terminal import Screen
+from bmerge_cli.guarded_console import GuardedConsole
 from mergekit_bayes.compare import markdown, picture, wording
 from mergekit_bayes.compare.markdown import as_markdown
 from mergekit_bayes.compare.picture import make_figure
@@ -128,7 +128,7 @@ def with_scorers_compared(report):
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_number_loses_its_end_on_a_narrow_screen(width):
     report = with_scorers_compared(compare_report(6, 4))
-    screen = Screen(file=io.StringIO(), width=width, soft_wrap=True, markup=False)
+    screen = GuardedConsole(file=io.StringIO(), width=width, soft_wrap=True, markup=False)
     show_compare(screen, report)
     shown = screen.file.getvalue()
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown
@@ -143,7 +143,7 @@ def test_no_number_loses_its_end_on_a_narrow_screen(width):
 def test_agreement_and_bias_of_scorers_stand_beside_models():
     report = with_scorers_compared(compare_report(2, 1))
     content = as_markdown(report)
-    screen = Screen(file=io.StringIO(), width=160, soft_wrap=True, markup=False)
+    screen = GuardedConsole(file=io.StringIO(), width=160, soft_wrap=True, markup=False)
     show_compare(screen, report)
     for shown in (content, screen.file.getvalue()):
         assert shown.count("0.2612 [0.195, 0.329]") == 2  # of each model

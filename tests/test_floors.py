@@ -131,6 +131,29 @@ assert {message!r} in said.getvalue(), said.getvalue()"""
     assert not HEAVY & loaded_by(code)
 
 
+@pytest.mark.parametrize("rest", [["--dry-run"], ["-o", "OUT"]])
+def test_a_quiet_merge_of_plain_models_loads_nothing_that_only_others_need(tmp_path, rest):
+    """Neither what reads adapters and recipes of mergekit, nor what draws on a terminal.
+
+    YAML is loaded to write the recipe, after the merge.
+    """
+    refs = []
+    for i, name in enumerate(("a", "b", "base")):
+        file = tmp_path / name / "model.safetensors"
+        tiny.posterior(file, tiny.arrays(i), tiny.precisions(i))
+        tiny.into_folder(file.parent)
+        refs.append(str(file.parent))
+    words = ["merge", *refs[:2], "--base", refs[2], "-q", *rest]
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
+    loaded = loaded_by(f"from bmerge_cli.main import app\napp({words!r}, standalone_mode=False)")
+    of_adapters = ROOMS["lora"].steps.keys() - {"config", "opening", "variants", "writers"}
+    unused = {"rich", "numpy.random", "mergekit_bayes.mergekit", "mergekit_bayes.plan.unions"}
+    unused |= {f"mergekit_bayes.lora.{name}" for name in of_adapters}
+    if "--dry-run" in rest:
+        unused.add("yaml")
+    assert sorted(loaded & unused) == []
+
+
 @pytest.mark.parametrize("command", ["help", "merge", "inspect"])
 def test_commands_on_local_files_load_no_heavy_library(tmp_path, command):
     a, b = (

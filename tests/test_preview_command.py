@@ -11,9 +11,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from bmerge_cli.guarded_console import GuardedConsole
 from bmerge_cli.main import app
 from bmerge_cli.preview_tables import show_preview
-from bmerge_cli.terminal import Screen
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import run_merge
 from mergekit_bayes.plan import MergeConfig
@@ -441,7 +441,7 @@ def test_the_report_names_models_apart_and_warns_of_chosen_texts():
     assert "looks better on them than on others" in text
     assert "| failed |" in text
     assert text.count("Pareto") >= len(made.pareto)
-    screen = Screen(file=io.StringIO(), width=140)
+    screen = GuardedConsole(file=io.StringIO(), width=140)
     show_preview(screen, made)
     assert "recommended" in screen.file.getvalue()
 

@@ -20,8 +20,9 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from bmerge_cli import render
+from bmerge_cli.guarded_console import GuardedConsole
 from bmerge_cli.main import app
-from bmerge_cli.terminal import GuardedStream, Screen, guarded_streams
+from bmerge_cli.terminal import GuardedStream, guarded_streams
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, printable
 from mergekit_bayes.models.quiet import with_bar
@@ -46,7 +47,7 @@ _ATTACKS = (
 @pytest.mark.parametrize("attack", _ATTACKS)
 def test_nothing_that_a_console_prints_commands_the_terminal(attack):
     file = io.StringIO()
-    screen = Screen(file=file, force_terminal=True, width=200, markup=False, emoji=False)
+    screen = GuardedConsole(file=file, force_terminal=True, width=200, markup=False, emoji=False)
     screen.print(f"note: {attack}", markup=False)
     screen.print(Text(attack))
     screen.print(render.table([attack, "n"], [[attack, "1"]], title=attack))
@@ -66,7 +67,7 @@ def test_markup_and_ordinary_text_are_printed_as_they_are():
     assert printable("a\r\nb") == "a\r\nb"
     file = io.StringIO()
     screen = render.console()
-    screen.file = file
+    screen.rich.file = file
     screen.print(text.strip())
     screen.print(render.table(["[red]a"], [["[/nothing] :smile:"]], title="[b]t"))
     for part in ("[bold]x[/bold] :smile:", "[red]a", "[/nothing] :smile:", "[b]t"):

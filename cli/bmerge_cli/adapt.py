@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from bmerge_cli.adapting import adapt
 from bmerge_cli.delivery import PushTo
 from bmerge_cli.flags import Settings, flags_of, option
 from bmerge_cli.processes import one_voice
-from bmerge_cli.render import Json, Overrides, Quiet, console, failures, print_json, table
+from bmerge_cli.render import Json, Overrides, Quiet, Screen, console, failures, print_json, table
 from bmerge_cli.training import Line
 from mergekit_bayes.adapt.settings import AdaptConfig
 
@@ -73,7 +72,7 @@ def command(
         _show_plan(console(quiet=quiet), plan)
 
 
-def _show_plan(screen: Console, plan: "AdaptPlan") -> None:
+def _show_plan(screen: Screen, plan: "AdaptPlan") -> None:
     """Print a plan."""
     trained = "" if plan.trained == plan.parameters else f", {plan.trained:,} of them trained"
     precision = "none" if plan.posterior is None else plan.posterior

@@ -2,9 +2,7 @@
 
 import shlex
 
-from rich.console import Console
-
-from bmerge_cli.render import table
+from bmerge_cli.render import Screen, table
 from bmerge_cli.training import Line, train
 from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
 
@@ -26,7 +24,7 @@ def adapt(line: Line) -> None:
     train(line, config, run, lambda report, screen: _describe(config, report, screen))
 
 
-def _describe(config: AdaptConfig, report: AdaptReport, screen: Console) -> None:
+def _describe(config: AdaptConfig, report: AdaptReport, screen: Screen) -> None:
     """Print what was done, what was kept and why, and what to do next."""
     screen.print(_units(report))
     if report.checks:

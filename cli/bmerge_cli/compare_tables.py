@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
-from rich.console import Console
 
-from bmerge_cli.render import table
+from bmerge_cli.render import Screen, table
 
 if TYPE_CHECKING:
     from mergekit_bayes.compare.report import CompareReport
@@ -15,7 +14,7 @@ _GAP = 2  # spaces between columns
 _NAMES = 30  # characters; longer names of measures go on in the next line where models need room
 
 
-def show_compare(screen: Console, report: "CompareReport") -> None:
+def show_compare(screen: Screen, report: "CompareReport") -> None:
     """Print the disagreement of scorers if there is one, all numbers, differences and findings."""
     from mergekit_bayes.compare.findings import is_disagreement
     from mergekit_bayes.compare.wording import bias_in_words, cuts, readings
@@ -38,7 +37,7 @@ def show_compare(screen: Console, report: "CompareReport") -> None:
             screen.print(finding)
 
 
-def _show_scores(screen: Console, report: "CompareReport") -> None:
+def _show_scores(screen: Screen, report: "CompareReport") -> None:
     from mergekit_bayes.compare.wording import cell, changes_of, columns_of, named
 
     columns = columns_of(report.evaluations)
@@ -51,7 +50,7 @@ def _show_scores(screen: Console, report: "CompareReport") -> None:
 
 
 def _show(
-    screen: Console,
+    screen: Screen,
     title: str | None,
     head: str,
     names: Sequence[str],
@@ -86,7 +85,7 @@ def _widest(cells: Sequence[str]) -> int:
     return max(map(cell_len, cells))
 
 
-def _show_agreement(screen: Console, report: "CompareReport") -> None:
+def _show_agreement(screen: Screen, report: "CompareReport") -> None:
     from mergekit_bayes.compare.wording import AGREEMENT, agreement_rows, agreement_title
 
     for one in report.evaluations:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 
 from bmerge_cli.push import push
-from bmerge_cli.render import print_result
+from bmerge_cli.render import Screen, print_result
 from mergekit_bayes.errors import BmergeError, ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Delivery:
             self.out = str(self.temporary.new / repo.rpartition("/")[2])
 
     def finish(
-        self, report: BaseModel, path: str | Path, screen: Console, *, as_json: bool, quiet: bool
+        self, report: BaseModel, path: str | Path, screen: Screen, *, as_json: bool, quiet: bool
     ) -> None:
         """Push the output if that was asked for, and print the command's result.
 

@@ -19,7 +19,6 @@ from bmerge_cli.render import (
     TrustRemoteCode,
     console,
     failures,
-    is_interactive,
     print_json,
     table,
 )
@@ -83,7 +82,7 @@ def command(
         check_login(push_to)  # before hours of work, not after
     report = run_detox(
         settings,
-        quiet=not is_interactive(screen),
+        quiet=not screen.is_interactive,
         progress=lambda line: screen.print(line, markup=False),
     )
     for line in verdicts(report):

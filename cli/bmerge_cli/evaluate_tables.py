@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from bmerge_cli.render import table
+from bmerge_cli.render import Screen, table
 
 if TYPE_CHECKING:
     from mergekit_bayes.evaluate.report import EvaluateReport, SampledReport, TaskReport
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.metrics.quality import SamplesReport
 
 
-def show_report(screen: Console, report: "EvaluateReport") -> None:
+def show_report(screen: Screen, report: "EvaluateReport") -> None:
     """Print one table for each thing that was measured."""
     if report.perplexity:
         _show_perplexity(screen, report)
@@ -34,7 +32,7 @@ def show_report(screen: Console, report: "EvaluateReport") -> None:
         _show_tasks(screen, report.lm_eval)
 
 
-def _show_perplexity(screen: Console, report: "EvaluateReport") -> None:
+def _show_perplexity(screen: Screen, report: "EvaluateReport") -> None:
     first = next(iter(report.perplexity.values()))
     title = (
         f"perplexity, {first.protocol}, window {first.window}, stride {first.stride}; ± half the "
@@ -69,7 +67,7 @@ def _perplexity_row(name: str, measured: "PerplexityReport") -> list[str]:
     ]
 
 
-def _show_classification(screen: Console, report: "EvaluateReport") -> None:
+def _show_classification(screen: Screen, report: "EvaluateReport") -> None:
     bins = report.settings["bins"]
     title = f"classification; ECE and reliability by {bins} bins; [95 % interval]"
     columns = ["texts", "accuracy", "nats", "Brier", "reliability", "ECE", "confidence", "examples"]
@@ -107,7 +105,7 @@ def _classification_row(name: str, measured: "ClassificationReport") -> list[str
 
 
 def _show_calibration(
-    screen: Console,
+    screen: Screen,
     name: str,
     measured: "ClassificationReport",
     sampled: "ClassificationReport | None",
@@ -126,7 +124,7 @@ def _show_calibration(
     screen.print(table(columns, rows, title=f"calibration of {name}"))
 
 
-def _show_draws(screen: Console, sampled: "SampledReport") -> None:
+def _show_draws(screen: Screen, sampled: "SampledReport") -> None:
     from mergekit_bayes.models.sampling import WIDE
 
     draws = sampled.draws
@@ -160,7 +158,7 @@ def _show_draws(screen: Console, sampled: "SampledReport") -> None:
 
 
 def _show_toxicity(
-    screen: Console, report: "EvaluateReport", sampling: "Sampling", samples: "SamplesReport"
+    screen: Screen, report: "EvaluateReport", sampling: "Sampling", samples: "SamplesReport"
 ) -> None:
     from mergekit_bayes.compare.wording import (
         AGREEMENT,
@@ -196,7 +194,7 @@ def _show_toxicity(
         screen.print(bias_in_words(spec, bias))
 
 
-def _show_quality(screen: Console, report: "EvaluateReport", samples: "SamplesReport") -> None:
+def _show_quality(screen: Screen, report: "EvaluateReport", samples: "SamplesReport") -> None:
     """Print whether the continuations are still text: a row of numbers over their intervals."""
 
     of_samples = {
@@ -239,7 +237,7 @@ def _ends(x: "Interval | None", form: str, value: float | None = None) -> tuple[
     return number, low, high
 
 
-def _show_tasks(screen: Console, reports: "Mapping[str, TaskReport]") -> None:
+def _show_tasks(screen: Screen, reports: "Mapping[str, TaskReport]") -> None:
     from mergekit_bayes.compare.wording import with_ends
 
     version = next(iter(reports.values())).lm_eval_version

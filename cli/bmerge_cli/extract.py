@@ -4,12 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from bmerge_cli import values
 from bmerge_cli.delivery import PushTo, delivering
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
-from bmerge_cli.render import Json, Quiet, console, failures, steps_bar, table
+from bmerge_cli.render import Json, Quiet, Screen, console, failures, steps_bar, table
 from mergekit_bayes.extract.settings import ExtractConfig
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ def command(
         delivery.finish(report, report.path, screen, as_json=as_json, quiet=quiet)
 
 
-def _show(screen: Console, report: "ExtractReport") -> None:
+def _show(screen: Screen, report: "ExtractReport") -> None:
     from mergekit_bayes.extract.totals import amount, unit_text
 
     columns = ["layers", "number", "rank", "change", "lost", "share", "norm lost"]

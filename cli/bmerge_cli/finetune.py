@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bmerge_cli.delivery import PushTo
 from bmerge_cli.flags import Settings, flags_of, option
 from bmerge_cli.processes import one_voice
-from bmerge_cli.render import Json, Overrides, Quiet, failures
+from bmerge_cli.render import Json, Overrides, Quiet, Screen, failures
 from bmerge_cli.training import Line, train
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
 
@@ -59,7 +58,7 @@ def command(
     train(line, loaded, run, _describe)
 
 
-def _describe(report: FinetuneReport, screen: Console) -> None:
+def _describe(report: FinetuneReport, screen: Screen) -> None:
     steps = f"{report.steps} step{'s' * (report.steps != 1)}"
     screen.print(f"{steps}, mean training loss {report.loss:.4g}", markup=False)
     if report.estimator is not None:

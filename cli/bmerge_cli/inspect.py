@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from bmerge_cli.render import Json, Quiet, console, failures, print_json, table
+from bmerge_cli.render import Json, Quiet, Screen, console, failures, print_json, table
 from mergekit_bayes.posterior.wording import (
     anchor_in_words,
     edit_in_words,
@@ -53,7 +52,7 @@ def command(
         print_json(report.model_dump(mode="json"))
 
 
-def _show(screen: Console, report: "InspectReport") -> None:
+def _show(screen: Screen, report: "InspectReport") -> None:
     dtypes = ", ".join(f"{n:,} {dtype}" for dtype, n in report.dtypes.items())
     files = f"{len(report.files)} file{'s' * (len(report.files) != 1)}"
     screen.print(report.path, markup=False, style="bold")
@@ -80,14 +79,14 @@ def _show(screen: Console, report: "InspectReport") -> None:
         screen.print(f"note: {note}", markup=False)
 
 
-def _show_names(screen: Console, label: str, names: Sequence[str]) -> None:
+def _show_names(screen: Screen, label: str, names: Sequence[str]) -> None:
     """The first few of these names, if there are any."""
     if names:
         more = ", ..." * (len(names) > 4)
         screen.print(f"{label}: {', '.join(names[:4])}{more}", markup=False)
 
 
-def _show_precision(screen: Console, precision: "PrecisionSummary", parameters: int) -> None:
+def _show_precision(screen: Screen, precision: "PrecisionSummary", parameters: int) -> None:
     info = precision.info
     screen.print(f"\nprecision: {precision.files[0]}", markup=False)
     if precision.information is not None:
@@ -101,7 +100,7 @@ def _show_precision(screen: Console, precision: "PrecisionSummary", parameters: 
         screen.print(f"  {draw}: {precision.not_samplable}", markup=False)
 
 
-def _show_record(screen: Console, precision: "PrecisionSummary", info: "PosteriorInfo") -> None:
+def _show_record(screen: Screen, precision: "PrecisionSummary", info: "PosteriorInfo") -> None:
     """Who made a precision, of what, and how."""
     weights = {True: "of these weights", False: "OF OTHER WEIGHTS", None: "of weights unread"}
     sampled = "" if info.sampled is None else f", estimated from {info.sampled:,g} rows"
@@ -123,7 +122,7 @@ def _show_record(screen: Console, precision: "PrecisionSummary", info: "Posterio
         screen.print(f"  adapted: {edit_in_words(edit, info.unit)}", markup=False)
 
 
-def _show_layers(screen: Console, report: "InspectReport") -> None:
+def _show_layers(screen: Screen, report: "InspectReport") -> None:
     """Size and precision of the weights, layer by layer."""
     rows = [
         [layer.name, f"{layer.parameters:,}", _short(layer.rms), _short(layer.largest)]
@@ -144,7 +143,7 @@ def _precision_row(layer: "LayerReport", width: int) -> list[str]:
     return [layer.name, *map(_short, precision.quantiles), _text(precision.sigma_ratio)]
 
 
-def _show_comparison(screen: Console, report: "InspectReport", other: "Comparison") -> None:
+def _show_comparison(screen: Screen, report: "InspectReport", other: "Comparison") -> None:
     """How far the other model is, layer by layer and in all."""
     rows = [
         _difference_row(layer.name, layer.difference)

@@ -5,35 +5,25 @@ import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from bmerge_cli import values
 from bmerge_cli.delivery import PushTo, delivering
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
 from bmerge_cli.merge_tables import (
     plan_document,
-    show_adapters,
     show_plan,
     show_predictions,
     show_report,
 )
-from bmerge_cli.recipe_stages import (
-    merge_stages,
-    mergekit_recipe,
-    print_recipe,
-    show_stages,
-    stages_in,
-)
-from bmerge_cli.render import Json, Quiet, console, failures, print_json, progress_bar
+from bmerge_cli.render import Json, Quiet, Screen, console, failures, print_json, progress_bar
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import BmergeError, ConfigError
-from mergekit_bayes.lora import AdapterReport, is_adapter, merge_adapters
+from mergekit_bayes.lora import is_adapter
 from mergekit_bayes.lora.config import WEIGHTS
-from mergekit_bayes.lora.writers import FOLD_ALL
 from mergekit_bayes.merge import (
     MergeConfig,
     MergeReport,
@@ -45,8 +35,12 @@ from mergekit_bayes.merge import (
     predict_merges,
 )
 from mergekit_bayes.plan import MergePlan, partial_path, plan_merge
-from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.recipes import read_recipe
+
+if TYPE_CHECKING:
+    from mergekit_bayes.lora import AdapterReport
+
+_YAML = (".yaml", ".yml")
 
 
 @failures()
@@ -137,6 +131,8 @@ def command(
         others = {"--predict": predict, "--dry-run": dry_run, "--shard": shard, "--then": then}
         others |= {"--push-to": push_to, "--json": as_json}
         given = [flag for flag, value in others.items() if value]
+        from bmerge_cli.recipe_stages import print_recipe
+
         print_recipe(recipe_of, settings, partial(_config, settings), given)
         return
     if predict:
@@ -165,7 +161,9 @@ def command(
             settings["out"] = delivery.out
         screen = console(quiet=quiet)
         report: MergeReport | AdapterReport | None
-        if (recipe := mergekit_recipe(settings)) is not None:
+        if (recipe := _recipe_of_mergekit(settings)) is not None:
+            from bmerge_cli.recipe_stages import merge_stages, show_stages, stages_in
+
             stages = stages_in(recipe, settings)
             if dry_run:
                 show_stages(stages, screen, as_json=as_json)
@@ -178,17 +176,15 @@ def command(
                 )
             carry = partial(_carry_out, part=part, threads=threads, sync=sync)
             report = merge_stages(stages, lambda plan: carry(plan, screen), screen)
-            if report is not None:
-                delivery.finish(report, report.path, screen, as_json=as_json, quiet=quiet)
-            return
-        config = _config(settings)
-        if _adapters_alone(config):
+        elif _adapters_alone(config := _config(settings)):
             if dry_run or shard is not None or threads is not None or sync:
                 raise ConfigError(
                     "--dry-run, --shard, --threads and --sync are for whole models, not adapters "
                     "alone."
                 )
-            report = _merge_adapters(config, settings, screen)
+            from bmerge_cli.adapters_alone import merge_adapters_alone
+
+            report = merge_adapters_alone(config, settings, screen)
         elif (config.space, config.rank) != ("product", None):
             raise ConfigError("--space and --rank are for adapters alone; these are whole models.")
         else:
@@ -251,13 +247,22 @@ def _is_one_place(named: object, out: str) -> bool:
 def _config(settings: Settings) -> MergeConfig:
     """Settings from flags, or from a recipe that the given flags beat."""
     models = settings["models"]
-    recipes = [m for m in models if m.endswith((".yaml", ".yml"))]
+    recipes = [m for m in models if m.endswith(_YAML)]
     if not recipes:
         return parse_flags(MergeConfig, settings, "bmerge merge")
     if len(models) > 1:
         raise ConfigError(f"'{recipes[0]}' is a recipe and names its own models. Give it alone.")
     flags = {name: value for name, value in settings.items() if name != "models"}
     return parse_config(MergeConfig, read_recipe(Path(recipes[0])) | flags, recipes[0])
+
+
+def _recipe_of_mergekit(settings: Settings) -> Path | None:
+    """The recipe of mergekit that is the only model of the line; None for any other line."""
+    if not settings["models"][0].endswith(_YAML):
+        return None
+    from bmerge_cli.recipe_stages import mergekit_recipe  # it has much to load, and few need it
+
+    return mergekit_recipe(settings)
 
 
 def _adapters_alone(config: MergeConfig) -> bool:
@@ -275,50 +280,11 @@ def _may_be_adapter(ref: str) -> bool:
     return is_hub_id(ref) or os.path.isdir(path) or is_its_file
 
 
-def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) -> AdapterReport:
-    taken = {"models", "weights", "scale", "out", "precision", "counts", "space", "rank", "force"}
-    taken |= {"trajectory", "decay", "method", "param"}
-    if foreign := sorted(set(settings) - taken):
-        raise ConfigError(
-            f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, "
-            "--scale, --counts, --precision, --space, --rank, --method, --param and --trajectory. "
-            f"For whole models: {FOLD_ALL}."
-        )
-    notes: list[str] = []
-    config = along_trajectory(config, notes)
-    if config.method is not None and "space" not in config.model_fields_set:
-        config = config.model_copy(update={"space": "core"})
-        notes.append(f"merging by {config.method} in the adapters' core space (--space core)")
-    for note in notes:
-        screen.print(note, markup=False)
-    if any(isinstance(s, str) for s in config.scale):
-        raise ConfigError("--scale: adapters alone take one number each, no MODEL:REGEX=X.")
-    with progress_bar(screen, "merging") as advance:
-        report = merge_adapters(
-            config.models,
-            Path(config.out or "merged"),
-            scales=[float(s) for s in config.scale],
-            weights=config.weights,
-            space=config.space,
-            rank=config.rank,
-            method=config.method,
-            param=config.param,
-            counts=config.counts,
-            precision=config.precision,
-            identities=config.identities,
-            precision_identities=config.precision_identities,
-            force=config.force,
-            progress=advance,
-        )
-    show_adapters(screen, report)
-    return report
-
-
 def _predict(
     settings: Settings,
     sets: Sequence[str],
     refused: Sequence[str],
-    screen: Console,
+    screen: Screen,
     *,
     threads: int | None,
     as_json: bool,
@@ -346,7 +312,7 @@ def _predict(
         print_json(report.model_dump(mode="json"))
 
 
-def _print_plan(config: MergeConfig, screen: Console, *, as_json: bool) -> None:
+def _print_plan(config: MergeConfig, screen: Screen, *, as_json: bool) -> None:
     # A plan replaces nothing, so an output that exists is no reason to stop.
     with plan_merge(config.model_copy(update={"force": True})) as plan:
         show_plan(screen, plan)
@@ -355,7 +321,7 @@ def _print_plan(config: MergeConfig, screen: Console, *, as_json: bool) -> None:
 
 
 def _merge_models(
-    config: MergeConfig, screen: Console, part: Part | None, *, threads: int | None, sync: bool
+    config: MergeConfig, screen: Screen, part: Part | None, *, threads: int | None, sync: bool
 ) -> MergeReport | None:
     """Plan a merge of whole models and carry it out."""
     with plan_merge(config) as plan:
@@ -363,7 +329,7 @@ def _merge_models(
 
 
 def _carry_out(
-    plan: MergePlan, screen: Console, *, part: Part | None, threads: int | None, sync: bool
+    plan: MergePlan, screen: Screen, *, part: Part | None, threads: int | None, sync: bool
 ) -> MergeReport | None:
     """Merge whole models; no report where another process, or a later call, makes it."""
     launched = part_of_launcher() if part is None else None

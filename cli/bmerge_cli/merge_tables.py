@@ -1,16 +1,16 @@
 """What `bmerge merge` shows: its plan as a table or a document, and its reports."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from bmerge_cli.render import table
-from mergekit_bayes.lora import AdapterReport
+from bmerge_cli.render import Screen, table
 from mergekit_bayes.merge import MergeReport, PredictionReport
 from mergekit_bayes.merge.increase import Increase
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import Input, MergePlan
+
+if TYPE_CHECKING:
+    from mergekit_bayes.lora import AdapterReport
 
 # Why a prediction is not trusted; see merge/increase.
 _TOO_FAR = "the merge is farther from the model than the base is, by the model's own precision"
@@ -39,8 +39,10 @@ def plan_document(plan: MergePlan) -> dict[str, object]:
     }
 
 
-def show_plan(screen: Console, plan: MergePlan) -> None:
+def show_plan(screen: Screen, plan: MergePlan) -> None:
     """Print a plan: the models, and each tensor that is not simply merged."""
+    if screen.quiet:  # a table is rich's, which a quiet command does not load
+        return
     columns = ["model", "role", "scale"]
     models = _model_rows(plan)
     rows = [[str(m["ref"]), str(m["role"]), _text(m["scale"])] for m in models]
@@ -71,7 +73,7 @@ def show_plan(screen: Console, plan: MergePlan) -> None:
         screen.print(f"  note      {note}", markup=False)
 
 
-def show_report(screen: Console, report: MergeReport) -> None:
+def show_report(screen: Screen, report: MergeReport) -> None:
     """Print what a merge of whole models did."""
     screen.print(report.summary, markup=False)
     screen.print(
@@ -103,8 +105,10 @@ def show_report(screen: Console, report: MergeReport) -> None:
         screen.print(f"  precision: {report.precision_path}", markup=False)
 
 
-def show_predictions(screen: Console, report: PredictionReport) -> None:
+def show_predictions(screen: Screen, report: PredictionReport) -> None:
     """Print what merges by several sets of scales are predicted to cost each model."""
+    if screen.quiet:
+        return
     first = report.sets[0].predicted
     rows = [
         [", ".join(f"{x:g}" for x in one.scale), *map(_predicted_cell, one.predicted)]
@@ -162,7 +166,7 @@ def _percent(share: float) -> str:
     return "less than 0.01%" if 0 < share < 5e-5 else f"{share:.2%}"
 
 
-def show_adapters(screen: Console, report: AdapterReport) -> None:
+def show_adapters(screen: Screen, report: "AdapterReport") -> None:
     """Print what a merge of adapters did."""
     exact = report.exact_rank
     lost = f"the largest relative error of a layer is {report.largest_error:.3g}"
@@ -178,7 +182,7 @@ def show_adapters(screen: Console, report: AdapterReport) -> None:
     _show_notes(screen, report.notes)
 
 
-def _show_notes(screen: Console, notes: tuple[str, ...]) -> None:
+def _show_notes(screen: Screen, notes: tuple[str, ...]) -> None:
     for note in notes:
         screen.print(f"  note: {note}", markup=False)
 

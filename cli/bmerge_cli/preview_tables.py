@@ -2,9 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from bmerge_cli.render import table
+from bmerge_cli.render import Screen, table
 
 if TYPE_CHECKING:
     from mergekit_bayes.preview.report import PreviewReport
@@ -12,7 +10,7 @@ if TYPE_CHECKING:
 _ROWS = 12  # of the best merges; the report has all
 
 
-def show_preview(screen: Console, report: "PreviewReport") -> None:
+def show_preview(screen: Screen, report: "PreviewReport") -> None:
     """Print the best merges, the recipe's own among them, and what was found."""
     from mergekit_bayes.preview.wording import by_mean, columns_of, names_of, row_of, sentences
 

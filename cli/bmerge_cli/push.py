@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from bmerge_cli.render import (
     Json,
     Quiet,
+    Screen,
     console,
     failures,
-    is_interactive,
     print_json,
     print_result,
     table,
@@ -101,7 +100,7 @@ def command(
     print_result(report, report.pull_request or report.url, as_json=as_json, quiet=quiet)
 
 
-def push(folder: Path, repo: str, screen: Console, **options: Any) -> "PushReport":
+def push(folder: Path, repo: str, screen: Screen, **options: Any) -> "PushReport":
     """Push a folder and say what was done.
 
     Args:
@@ -132,7 +131,7 @@ def push(folder: Path, repo: str, screen: Console, **options: Any) -> "PushRepor
 
 
 @contextmanager
-def _client_bars(screen: Console) -> Iterator[None]:
+def _client_bars(screen: Screen) -> Iterator[None]:
     """Show the progress bars of the Hub's client only on a terminal."""
     from mergekit_bayes.checkpoint.hub_client import prepare
 
@@ -143,7 +142,7 @@ def _client_bars(screen: Console) -> Iterator[None]:
         enable_progress_bars,
     )
 
-    hide = not is_interactive(screen) and not are_progress_bars_disabled()
+    hide = not screen.is_interactive and not are_progress_bars_disabled()
     if hide:
         disable_progress_bars()
     try:
@@ -153,7 +152,7 @@ def _client_bars(screen: Console) -> Iterator[None]:
             enable_progress_bars()
 
 
-def _show_plan(screen: Console, plan: "PushPlan") -> None:
+def _show_plan(screen: Screen, plan: "PushPlan") -> None:
     """The files with their sizes on the screen, and the card on stdout."""
     rows = [[f.path, _size(f.size)] for f in plan.files]
     screen.print(table(["file", "size"], rows, title=f"{plan.folder} -> {plan.repo}"))
@@ -163,7 +162,7 @@ def _show_plan(screen: Console, plan: "PushPlan") -> None:
         typer.echo(plan.card)
 
 
-def _show_rest(screen: Console, left_out: Mapping[str, str], notes: Sequence[str]) -> None:
+def _show_rest(screen: Screen, left_out: Mapping[str, str], notes: Sequence[str]) -> None:
     for name, reason in left_out.items():
         screen.print(f"  left out  {name}: {reason}", markup=False)
     for note in notes:

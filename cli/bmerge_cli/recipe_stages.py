@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from bmerge_cli.flags import Settings
 from bmerge_cli.merge_tables import plan_document, show_plan
-from bmerge_cli.render import print_json
+from bmerge_cli.render import Screen, print_json
 from mergekit_bayes.configs import parse_config, read_yaml_documents
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import MergeConfig, MergeReport
@@ -56,7 +55,7 @@ def stages_in(path: Path, settings: Settings) -> tuple[Stage, ...]:
     return stages_of(recipes, config, seed=seed)
 
 
-def show_stages(stages: tuple[Stage, ...], screen: Console, *, as_json: bool) -> None:
+def show_stages(stages: tuple[Stage, ...], screen: Screen, *, as_json: bool) -> None:
     """Print the plans of the merges, as far as their models are there."""
     documents = []
     for stage in stages:
@@ -80,7 +79,7 @@ def show_stages(stages: tuple[Stage, ...], screen: Console, *, as_json: bool) ->
 def merge_stages(
     stages: tuple[Stage, ...],
     merge: Callable[[MergePlan], MergeReport | None],
-    screen: Console,
+    screen: Screen,
 ) -> MergeReport | None:
     """Carry out the merges in turn; what only later ones need is removed at the end."""
     report = None

@@ -8,18 +8,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from bmerge_cli.terminal import Screen
 from mergekit_bayes.errors import BmergeError, printable
 from mergekit_bayes.records import FORCE, TRUST_REMOTE_CODE
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 # Characters of an error. What is said is far below, unless a file made a name or a list longer: a
 # recipe with a value of a megabyte, or with ten thousand unknown keys.
@@ -37,22 +37,56 @@ Overrides = Annotated[
 ]
 
 
-def console(*, quiet: bool = False) -> Console:
-    """A console on stderr, so that stdout stays machine-readable.
+class Screen:
+    """What a command shows on stderr, so that stdout stays machine-readable.
 
-    It prints text as it is, since a path may hold what would be markup or an emoji, but for
-    characters that would command the terminal.
+    rich, which draws it, is loaded when something is shown: a quiet command starts without it.
+
+    Attributes:
+        quiet: Whether nothing is shown.
     """
-    is_terminal = sys.stderr.isatty()  # a log file has no edge at which to cut lines and tables
-    return Screen(
-        stderr=True,
-        quiet=quiet,
-        highlight=False,
-        markup=False,
-        emoji=False,
-        soft_wrap=not is_terminal,
-        width=None if is_terminal else 160,
-    )
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    @cached_property
+    def rich(self) -> "Console":
+        """rich's console.
+
+        It prints text as it is, since a path may hold what would be markup or an emoji, but for
+        characters that would command the terminal.
+        """
+        from bmerge_cli.guarded_console import GuardedConsole
+
+        is_terminal = sys.stderr.isatty()  # a log file has no edge at which to cut lines and tables
+        return GuardedConsole(
+            stderr=True,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=not is_terminal,
+            width=None if is_terminal else 160,
+        )
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether it is a terminal that is not quiet, so that bars make sense."""
+        return not self.quiet and self.rich.is_terminal
+
+    @property
+    def width(self) -> int:
+        """How many characters a line holds."""
+        return self.rich.width
+
+    def print(self, shown: "RenderableType", **options: Any) -> None:
+        """Show text or a table, with the options of rich's `print`."""
+        if not self.quiet:
+            self.rich.print(shown, **options)
+
+
+def console(*, quiet: bool = False) -> Screen:
+    """The screen of a command."""
+    return Screen(quiet=quiet)
 
 
 def print_json(document: object) -> None:
@@ -78,11 +112,15 @@ def print_result(
         typer.echo(str(result))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
+) -> "Table":
     """A plain table; the first column is text, the rest are numbers.
 
     Where the screen is too narrow, cells go on in the next line: a number must not lose its end.
     """
+    from rich.table import Table
+
     result = Table(
         title=title,
         title_justify="left",
@@ -97,26 +135,30 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
     return result
 
 
-def is_interactive(screen: Console) -> bool:
-    """Whether the console is a terminal that is not quiet, so that bars make sense."""
-    return screen.is_terminal and not screen.quiet
-
-
 @contextmanager
-def progress_bar(screen: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(screen: Screen, what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes that vanishes when done; yields a function of (done, total)."""
+    if not screen.is_interactive:
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=screen, transient=True, disable=not is_interactive(screen)
-    ) as progress:
+    with Progress(*columns, console=screen.rich, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
-def steps_bar(screen: Console) -> Iterator[Callable[[str, int, int], None]]:
+def steps_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
     """A bar that names the step and vanishes when done; yields a function of (step, done, of)."""
-    with Progress(console=screen, transient=True, disable=not is_interactive(screen)) as progress:
+    if not screen.is_interactive:
+        yield lambda step, done, of: None
+        return
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    with Progress(console=screen.rich, transient=True) as progress:
         task = progress.add_task("loading", total=None)
         yield lambda step, done, of: progress.update(
             task, description=escape(step), completed=done, total=of

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rich.console import Console
-
 from bmerge_cli.delivery import Delivery
 from bmerge_cli.flags import Settings
 from bmerge_cli.processes import start_processes
-from bmerge_cli.render import console
+from bmerge_cli.render import Screen, console
 from mergekit_bayes.configs import Config, load_config
 
 
@@ -81,7 +79,7 @@ def train(
     line: Line,
     config: TrainingConfig,
     run: Callable[[], Any],
-    describe: Callable[[Any, Console], None],
+    describe: Callable[[Any, Screen], None],
 ) -> None:
     """Train in this process, or start as many as the settings name; print and push the result.
 

@@ -5,6 +5,9 @@ transformers 5 and their `_tied_weights_keys`, ChatGLM, and Llama's own names.
 """
 
 import re
+from functools import lru_cache
+
+_KEPT = 1 << 16  # names whose answer is kept: a plan asks for each of them again and again
 
 # Constants that some checkpoints store (masks, position ids, rotary tables), which are not merged.
 USUAL_HEAD = "lm_head.weight"  # of a model for causal language modelling
@@ -61,6 +64,7 @@ def is_buffer(name: str) -> bool:
     return bool(_BUFFER.search(name))
 
 
+@lru_cache(_KEPT)
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has one row per token, judged by its name."""
     return bool(_VOCABULARY.search(name))
@@ -76,6 +80,7 @@ def may_be_token_embedding(name: str) -> bool:
     return bool(_OTHER_EMBEDDING.search(name))
 
 
+@lru_cache(_KEPT)
 def may_be_tied_head(name: str) -> bool:
     """Whether a tensor is the weight of an output layer that may be the input embedding."""
     return bool(_TIED_HEAD.search(name))

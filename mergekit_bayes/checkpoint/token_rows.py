@@ -1,10 +1,9 @@
 """A model whose embedding and head have the rows of an output's tokens, made as they are read."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,18 +37,14 @@ def token_tensors(specs: Mapping[str, TensorSpec]) -> list[str]:
     ]
 
 
-@runtime_checkable
-class Arranged(Protocol):
-    """A source whose tensors are made of those of other sources, maybe in another dtype."""
-
-    def stored_dtype(self, name: str) -> str:
-        """The dtype in which the file of the model that a tensor is of has it."""
-        ...
-
-
 def stored_dtype(source: CheckpointSource, name: str) -> str:
-    """The dtype in which a model's file has a tensor, whatever rows it was given for a merge."""
-    return source.stored_dtype(name) if isinstance(source, Arranged) else source.specs[name].dtype
+    """The dtype in which a model's file has a tensor, whatever rows it was given for a merge.
+
+    A source whose tensors are made of those of other sources, maybe in another dtype, has a method
+    of this name.
+    """
+    of_file: Callable[[str], str] | None = getattr(source, "stored_dtype", None)
+    return source.specs[name].dtype if of_file is None else of_file(name)
 
 
 def token_rows(specs: Mapping[str, TensorSpec]) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import is_bad_precision, read_tensor
 from mergekit_bayes.checkpoint.foreign import explain_missing
 from mergekit_bayes.checkpoint.identity import identity
-from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
+from mergekit_bayes.checkpoint.layout import precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.checkpoint.specs import Array, Closing
@@ -247,11 +247,6 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
         base = _recorded_base(posterior)
         stack.pop_all()  # the adapter owns the files from here on
     return Adapter(posterior, config, *tensors, base=base)
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether the tensors of a folder or file are an adapter's."""
-    return checkpoint_files(path)[0].name == WEIGHTS
 
 
 def _recorded_base(posterior: Posterior) -> str | None:

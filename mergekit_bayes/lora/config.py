@@ -6,6 +6,7 @@ from typing import TypedDict, cast
 
 from mergekit_bayes.checkpoint.adapter_patterns import check_adapter_patterns
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
+from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.documents import CONFIG as MOST_BYTES
 from mergekit_bayes.documents import parse_json, read_bytes
@@ -43,6 +44,11 @@ class LoraConfig(TypedDict, total=False):
     use_dora: bool | None
     ensure_weight_tying: bool | None
     trainable_token_indices: list[int] | dict[str, list[int]] | None
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether the tensors of a folder or file are an adapter's."""
+    return checkpoint_files(path)[0].name == WEIGHTS
 
 
 def read_config(path: Path, ref: str) -> LoraConfig:

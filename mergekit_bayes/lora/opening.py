@@ -1,15 +1,19 @@
-"""Open a model by what the user typed: a plain one, or `BASE+ADAPTER`."""
+"""Open a model by what the user typed: a plain one, or `BASE+ADAPTER`.
+
+What reads adapters is imported on first use: most merges have none.
+"""
 
 import os
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.errors import CheckpointError, MismatchError
-from mergekit_bayes.lora.adapted import AdaptedSource, ProductPrecision
-from mergekit_bayes.lora.adapter import open_adapter
-from mergekit_bayes.lora.kept_heads import with_kept_heads
 from mergekit_bayes.posterior import Posterior, open_posterior
 from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
+
+if TYPE_CHECKING:
+    from mergekit_bayes.lora.adapted import AdaptedSource
 
 
 def open_model(
@@ -65,6 +69,10 @@ def open_adapted(
         MismatchError: The adapter does not fit this base, or the base is quantised.
         PrecisionError: The precision was taken at other weights than this adapter's.
     """
+    from mergekit_bayes.lora.adapted import ProductPrecision
+    from mergekit_bayes.lora.adapter import open_adapter
+    from mergekit_bayes.lora.kept_heads import with_kept_heads
+
     refs = split_ref(ref)
     if refs is None:
         raise CheckpointError(f"'{ref}': not of the form BASE+ADAPTER.")
@@ -84,6 +92,15 @@ def open_adapted(
     )
 
 
+def adapted_mean(model: Posterior) -> "AdaptedSource | None":
+    """The weights of a model that is `BASE+ADAPTER`; None for any other."""
+    if not model.parts:
+        return None
+    from mergekit_bayes.lora.adapted import AdaptedSource
+
+    return model.mean if isinstance(model.mean, AdaptedSource) else None
+
+
 def refuse_other_base(model: Posterior, way_out: str | None = None) -> None:
     """Refuse an adapter on another base than the one that its files record.
 
@@ -94,8 +111,8 @@ def refuse_other_base(model: Posterior, way_out: str | None = None) -> None:
     Raises:
         MismatchError: `model` is `BASE+ADAPTER`, and the hash of the base is not the recorded one.
     """
-    source = model.mean
-    if isinstance(source, AdaptedSource) and source.other_base is not None:
+    source = adapted_mean(model)
+    if source is not None and source.other_base is not None:
         raise MismatchError(
             f"{source.other_base}: the hash of a base that it records is not that of "
             f"{source.base.files[0]}. Name the base that it was trained on, in the dtype that it "

@@ -33,64 +33,61 @@ _ADAPTERHUB = (
 NO_CHANGE = "It adds virtual tokens and changes no weight, so that there is nothing to merge."
 
 # A pattern of a tensor's name, who writes it or what it is, and what to do; the first match counts.
-_NAMES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
-    (re.compile(pattern), writer, way_out)
-    for pattern, writer, way_out in (
-        (
-            r"^(lora|lycoris)_(unet|te\d?|prior|transformer)_|\.lora_(down|up)\.weight$",
-            "kohya-ss's sd-scripts, for a diffusion model",
-            _DIFFUSERS,
-        ),
-        (
-            r"^(unet|text_encoder(_2)?|transformer\.(single_)?transformer_blocks)\..*lora"
-            r"|(\.|_)lora\.(down|up)\.weight$",
-            "diffusers",
-            _DIFFUSERS,
-        ),
-        (r"\.lora_[ab]$", *_MLX),
-        (
-            r"\.lora_[ab]\.weight$",
-            "torchtune",
-            "Its checkpointer FullModelHFCheckpointer writes the adapter in PEFT's form and the "
-            "model with the adapter folded in; merge one of these.",
-        ),
-        (
-            r"\.lora_[AB]$",
-            "loralib or LitGPT",
-            "Fold it with `litgpt merge_lora`, or save the model of loralib after `model.eval()`, "
-            "and merge the result.",
-        ),
-        (
-            r"\.adapter\.linear_(in|out)\.weight$|\.adapter_layer\.",
-            "NeMo",
-            "Fold it with NeMo's script merge_lora_weights, export the model to Hugging Face's "
-            "form, and merge the result.",
-        ),
-        (r"\.adapters?\..*\.adapter_(down|up)\.", *_ADAPTERHUB),
-        (r"\.lora_embedding_[AB](\.|$)", "PEFT, as a factor of an embedding", _FOLDER),
-        (r"\.dora_scale$", "LyCORIS, as a magnitude of DoRA", FOLD),
-        (r"\.lora_magnitude_vector", "PEFT, as a magnitude of DoRA", _FOLDER),
-        (r"\.vera_(lambda|[AB])", "PEFT, as a part of VeRA", FOLD),
-        (r"\.ia3_l(\.|$)", "PEFT, as a factor of IA3", FOLD),
-        (r"\.hada_[wt]", "PEFT or LyCORIS, as a factor of LoHa", FOLD),
-        (r"\.lokr_[wt]", "PEFT or LyCORIS, as a factor of LoKr", FOLD),
-        (r"\.b?oft_", "PEFT, as a rotation of OFT", FOLD),
-        (r"\.lora_E(\.|$)|\.ranknum(\.|$)", "PEFT, as a part of AdaLoRA", FOLD),
-        (r"\.lora_[AB](\.[^.]+)?\.bias$", "PEFT, as a bias of a factor (lora_bias)", _FOLDER),
-        (r"trainable_tokens_delta", "PEFT, as rows of trained tokens", _FOLDER),
-        (
-            r"\.(hra|fourierft|vblora|randlora|shira|c3a|road|bone|miss|waveft|delora|psoft)_",
-            "PEFT, by a method other than LoRA",
-            FOLD,
-        ),
-        (r"prompt_embeddings|prompt_encoder|prefix_encoder", "PEFT, for its prompts", NO_CHANGE),
-        (
-            r"\.base_layer\.(?!(.+\.)?lora_)",
-            "PEFT, as a weight of the base below an adapter",
-            "The file is a whole PeftModel: save the adapter alone with "
-            f"`model.save_pretrained`. Or: {FOLD[0].lower()}{FOLD[1:]}",
-        ),
-    )
+_NAMES = (
+    (
+        r"^(lora|lycoris)_(unet|te\d?|prior|transformer)_|\.lora_(down|up)\.weight$",
+        "kohya-ss's sd-scripts, for a diffusion model",
+        _DIFFUSERS,
+    ),
+    (
+        r"^(unet|text_encoder(_2)?|transformer\.(single_)?transformer_blocks)\..*lora"
+        r"|(\.|_)lora\.(down|up)\.weight$",
+        "diffusers",
+        _DIFFUSERS,
+    ),
+    (r"\.lora_[ab]$", *_MLX),
+    (
+        r"\.lora_[ab]\.weight$",
+        "torchtune",
+        "Its checkpointer FullModelHFCheckpointer writes the adapter in PEFT's form and the "
+        "model with the adapter folded in; merge one of these.",
+    ),
+    (
+        r"\.lora_[AB]$",
+        "loralib or LitGPT",
+        "Fold it with `litgpt merge_lora`, or save the model of loralib after `model.eval()`, "
+        "and merge the result.",
+    ),
+    (
+        r"\.adapter\.linear_(in|out)\.weight$|\.adapter_layer\.",
+        "NeMo",
+        "Fold it with NeMo's script merge_lora_weights, export the model to Hugging Face's "
+        "form, and merge the result.",
+    ),
+    (r"\.adapters?\..*\.adapter_(down|up)\.", *_ADAPTERHUB),
+    (r"\.lora_embedding_[AB](\.|$)", "PEFT, as a factor of an embedding", _FOLDER),
+    (r"\.dora_scale$", "LyCORIS, as a magnitude of DoRA", FOLD),
+    (r"\.lora_magnitude_vector", "PEFT, as a magnitude of DoRA", _FOLDER),
+    (r"\.vera_(lambda|[AB])", "PEFT, as a part of VeRA", FOLD),
+    (r"\.ia3_l(\.|$)", "PEFT, as a factor of IA3", FOLD),
+    (r"\.hada_[wt]", "PEFT or LyCORIS, as a factor of LoHa", FOLD),
+    (r"\.lokr_[wt]", "PEFT or LyCORIS, as a factor of LoKr", FOLD),
+    (r"\.b?oft_", "PEFT, as a rotation of OFT", FOLD),
+    (r"\.lora_E(\.|$)|\.ranknum(\.|$)", "PEFT, as a part of AdaLoRA", FOLD),
+    (r"\.lora_[AB](\.[^.]+)?\.bias$", "PEFT, as a bias of a factor (lora_bias)", _FOLDER),
+    (r"trainable_tokens_delta", "PEFT, as rows of trained tokens", _FOLDER),
+    (
+        r"\.(hra|fourierft|vblora|randlora|shira|c3a|road|bone|miss|waveft|delora|psoft)_",
+        "PEFT, by a method other than LoRA",
+        FOLD,
+    ),
+    (r"prompt_embeddings|prompt_encoder|prefix_encoder", "PEFT, for its prompts", NO_CHANGE),
+    (
+        r"\.base_layer\.(?!(.+\.)?lora_)",
+        "PEFT, as a weight of the base below an adapter",
+        "The file is a whole PeftModel: save the adapter alone with "
+        f"`model.save_pretrained`. Or: {FOLD[0].lower()}{FOLD[1:]}",
+    ),
 )
 _FACTOR = re.compile(r"(^|[._])(lora|hada|lokr|ia3|vera|lycoris)_|\.lora\.(down|up)\.")
 _COMPANION = re.compile(r"\.(alpha|dora_scale)$")
@@ -109,7 +106,7 @@ PROMPTS = (
 def explain_name(name: str) -> str | None:
     """Who writes a tensor of this name, and what to do; None if the name is unknown."""
     for pattern, writer, way_out in _NAMES:
-        if pattern.search(name):
+        if re.search(pattern, name):
             return f"'{name}' is written by {writer}. {way_out}"
     return None
 

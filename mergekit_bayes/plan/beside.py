@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.stamps import Stamp, stamps_of
 from mergekit_bayes.plan.corrections import correct_config
@@ -12,8 +12,9 @@ from mergekit_bayes.plan.model_configs import compare_configs
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files
 from mergekit_bayes.plan.steps import Step
-from mergekit_bayes.plan.unions import TokenPlan
-from mergekit_bayes.plan.united import side_files_of
+
+if TYPE_CHECKING:
+    from mergekit_bayes.plan.unions import TokenPlan
 
 
 class Beside(NamedTuple):
@@ -37,7 +38,7 @@ def plan_beside(
     inputs: Inputs,
     steps: Sequence[Step],
     target: Path,
-    tokens: TokenPlan | None,
+    tokens: "TokenPlan | None",
     notes: list[str],
     *,
     further: Mapping[str, object] | None = None,
@@ -65,6 +66,8 @@ def plan_beside(
     side_files = choose_side_files(config, inputs, steps, target, notes, why=why)
     made: dict[str, str | None] = {}
     if tokens is not None:
+        from mergekit_bayes.plan.united import side_files_of
+
         side_files, made = side_files_of(side_files, tokens, notes)
         changes |= tokens.config_changes
     copied = {} if side_files is None else stamps_of(side_files.gathered.files.values())

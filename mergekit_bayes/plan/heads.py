@@ -6,6 +6,7 @@ that trained one on a base without, or of tasks whose base does not name its lab
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.model_config import (
     architecture_for,
@@ -17,13 +18,15 @@ from mergekit_bayes.checkpoint.model_config import (
 )
 from mergekit_bayes.checkpoint.names import is_label_head
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.lora.adapted import AdaptedSource
-from mergekit_bayes.lora.adapter import Adapter
+from mergekit_bayes.lora import adapted_mean
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.side_files import config_input
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.posterior import Posterior
+
+if TYPE_CHECKING:
+    from mergekit_bayes.lora import Adapter
 
 _ANSWER_HEAD = re.compile(r"(^|\.)qa_outputs\.weight$")
 _TASKS = {  # of PEFT, and what transformers appends to the name of an architecture
@@ -185,7 +188,7 @@ def _architecture_changes(
     )
 
 
-def _adapter_of(model: Posterior, name: str) -> Adapter | None:
+def _adapter_of(model: Posterior, name: str) -> "Adapter | None":
     """The adapter that trained a tensor of BASE+ADAPTER as a whole; None for other tensors."""
-    mean = model.mean
-    return mean.adapter if isinstance(mean, AdaptedSource) and name in mean.replaced else None
+    mean = adapted_mean(model)
+    return mean.adapter if mean is not None and name in mean.replaced else None

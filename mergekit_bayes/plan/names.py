@@ -9,7 +9,7 @@ from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming, renamed_note
 from mergekit_bayes.checkpoint.specs import MERGEABLE
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.lora.adapted import AdaptedSource
+from mergekit_bayes.lora import adapted_mean
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.left_over import (
     is_heads,
@@ -155,7 +155,7 @@ def _keep_head(heads: list[str], inputs: Inputs, names: Mapping[Input, Mapping[s
             task.scale > 0 and set(heads) <= {*names[task].values()} for task in inputs.tasks
         )
         return f"To keep it, {'merge without --base, or ' if can_average else ''}{other_base}"
-    if isinstance(inputs.tasks[0].posterior.mean, AdaptedSource):
+    if adapted_mean(inputs.tasks[0].posterior) is not None:
         fold = "fold the adapter into its base with `PeftModel.merge_and_unload()`"
         return f"To keep it, {other_base}, or {fold} instead of a merge"
     return f"To keep it, {other_base}"

@@ -38,7 +38,6 @@ from mergekit_bayes.plan.side_files import SideFileChoice, refuse_links
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.summary import matrices_in_words, summarise
 from mergekit_bayes.plan.trajectory import along_trajectory
-from mergekit_bayes.plan.united import unite
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.plan.whole_tensors import memory_in_words, with_settings
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
@@ -178,8 +177,11 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         documents = stamps_of(file for path in inputs.folders for file in documents_in(path))
         target = choose_target(config, inputs)
         notes += [note for model in inputs for note in model.posterior.mean.notes]
-        united = unite(method, inputs, notes) if config.vocab == "union" else None
-        inputs = inputs if united is None else united.inputs
+        tokens = None
+        if config.vocab == "union":
+            from mergekit_bayes.plan.united import unite  # few merges need what reads vocabularies
+
+            inputs, tokens = unite(method, inputs, notes)
         guard, info = config.guard, None
         if method.needs_precision:
             check_precisions(config, method, inputs, notes)
@@ -190,7 +192,6 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         matched = match_tensors(config, method, inputs, rules, notes)
         refuse_matrices_of(matched.steps)
         matched.steps[:] = with_settings(method, settings, matched.steps)
-        tokens = None if united is None else united.tokens
         beside = plan_beside(config, inputs, matched.steps, target, tokens, notes)
         if (matrices := matrices_in_words(matched.steps)) is not None:
             notes.append(matrices)

@@ -9,7 +9,7 @@ from mergekit_bayes.checkpoint.codec import read_chunk
 from mergekit_bayes.checkpoint.identity import block_hash
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import ConfigError, PrecisionError
-from mergekit_bayes.lora.adapted import AdaptedSource
+from mergekit_bayes.lora import adapted_mean
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.options import parse_shrink
@@ -76,11 +76,8 @@ def match_precisions(
         return MatchedPrecisions(stored, frozenset(unchanged), borrowed.union(unchanged))
     changed = next((m for m in missing if m not in unchanged), missing[0])
     owner = means[changed].input.posterior
-    reason = (
-        owner.mean.explain_no_precision(means[changed].name)
-        if isinstance(owner.mean, AdaptedSource)
-        else None
-    )
+    adapted = adapted_mean(owner)
+    reason = None if adapted is None else adapted.explain_no_precision(means[changed].name)
     if reason is not None:
         raise PrecisionError(
             f"no precision for '{name}' of '{owner.ref}'. {reason} Merge with --weights uniform, "

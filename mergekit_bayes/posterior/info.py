@@ -136,8 +136,8 @@ class PosteriorInfo(Frozen):
     observations: float | None = None
     ess: float | None = None
     sampled: float | None = None
-    prior: Prior = Prior()
-    anchor: Anchor = Anchor()
+    prior: Prior = Field(default_factory=Prior)
+    anchor: Anchor = Field(default_factory=Anchor)
     mean: Identity
     base: Identity | None = None
     tokenizer: str | None = None
