@@ -88,13 +88,14 @@ def _tally(
         for j in range(start, stop):
             counts[0] += is_bad(mean[j])
     if has_base:
-        changed, lost = 0, 0
+        changed, lost = np.uint16(0), np.uint16(0)  # a block has fewer entries
         for j in range(start, stop):
             moved = False
             for t in range(len(scales)):
                 moved |= (means[t + 1, j] != means[0, j]) & (scales[t] != 0)
-            changed += moved
-            lost += moved & (mean[j] == rounded(widen(means[0, j], zero), mean[j]))
+            unmoved = moved & (mean[j] == rounded(widen(means[0, j], zero), mean[j]))
+            changed = np.uint16(changed + np.uint16(moved))
+            lost = np.uint16(lost + np.uint16(unmoved))
         counts[1] += changed
         counts[2] += lost
 
