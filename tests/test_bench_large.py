@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -43,19 +42,20 @@ def plan(models, tmp_path):
         yield plan
 
 
-def test_a_run_prints_all_strata_and_leaves_nothing(tmp_path):
-    command = [sys.executable, str(BENCH / "large.py"), "--size", str(TINY), "--work", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_run_prints_all_strata_and_leaves_nothing(large, tmp_path, monkeypatch, capsys):
+    line = ["large.py", "--size", str(TINY), "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", line)
+    assert large.main() == 0
+    printed = capsys.readouterr().out
     for kind in ("embedding", "attention", "MLP", "norms", "head", "**all**"):
         for method in ("task arithmetic", "gradient matching"):
             (line,) = [
                 line
-                for line in done.stdout.splitlines()
+                for line in printed.splitlines()
                 if line.startswith(f"| {kind} ") and f"| {method} |" in line
             ]
             assert "nan" not in line
-    assert "part 3 of 4" in done.stdout
+    assert "part 3 of 4" in printed
     assert not list(tmp_path.iterdir())
 
 

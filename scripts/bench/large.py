@@ -125,10 +125,15 @@ class Discarded(Output):
 
 
 class Peak:
-    """The highest RssAnon of this process while merges run, read every 20 ms."""
+    """The highest RssAnon of this process while merges run, read every 20 ms.
+
+    Attributes:
+        before: Bytes when the object was made.
+        bytes: The most bytes.
+    """
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.before = self.bytes = status("RssAnon")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -232,7 +237,6 @@ class Tenth:
 
     def __init__(self, models: Models, work: Path, stack: ExitStack) -> None:
         self._models, self._work = models, work
-        self.peak = Peak()
         self.plans: dict[str, MergePlan] = {}
         self._jobs: dict[str, Callable[[list[Unit]], None]] = {}
         self._outputs: list[Discarded] = []
@@ -249,6 +253,7 @@ class Tenth:
             self._outputs.append(output)
             self._jobs[method] = self._merging(plan, folder, output)
             self._jobs[io] = self._reading(plan, output)
+        self.peak = Peak()
 
     def _merging(
         self, plan: MergePlan, folder: Path, output: Discarded
@@ -388,8 +393,12 @@ def large(options: argparse.Namespace) -> str:
                 for method, plan in tenth.plans.items()
                 for read, written in (bytes_of(plan),)
             ]
-            threads = f"anonymous MiB while merging: {tenth.peak.bytes / 2**20:.0f}"
-            return "\n\n".join([about(), planned, tenth_table(samples), *moved, threads])
+            peak = tenth.peak
+            held = (
+                f"anonymous MiB: {peak.before / 2**20:.0f} of the script with both plans, "
+                f"{peak.bytes / 2**20:.0f} at most while merging"
+            )
+            return "\n\n".join([about(), planned, tenth_table(samples), *moved, held])
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -8,7 +8,7 @@ import mmap
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -131,12 +131,12 @@ class Models(Closing):
         # The files of each model's mean, and those of its precision, by the model's names.
         self._means: list[dict[str, SparseFile]] = []
         self._precisions: list[dict[str, SparseFile]] = []
-        weights = np.float32(0.02) * self._rng.standard_normal(RANDOM, np.float32)
-        precisions = np.exp(self._rng.standard_normal(RANDOM, np.float32))
         with ExitStack() as stack:
             self._stack = stack
-            self._random_weights = _mapped(folder / "weights.random", weights, stack)
-            self._random_precisions = _mapped(folder / "precisions.random", precisions, stack)
+            self._random_weights = self._random(folder / "weights.random", self._draw_weights)
+            self._random_precisions = self._random(
+                folder / "precisions.random", self._draw_precisions
+            )
             files = shards(shape)
             for path in self.paths:
                 self._make(path, shape, files)
@@ -159,6 +159,24 @@ class Models(Closing):
         for files in (*self._means, *self._precisions):
             for file in files.values():
                 file.empty()
+
+    def _draw_weights(self) -> Array:
+        return np.float32(0.02) * self._rng.standard_normal(1 << 20, np.float32)
+
+    def _draw_precisions(self) -> Array:
+        return np.exp(self._rng.standard_normal(1 << 20, np.float32))
+
+    def _random(self, path: Path, draw: Callable[[], Array]) -> memoryview:
+        """Numbers in BF16, in a file: what the merges hold is not counted together with them."""
+        with path.open("wb+") as file:
+            for _ in range(RANDOM >> 20):
+                file.write(encode(draw(), "BF16"))
+            file.flush()
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._stack.callback(mapping.close)
+        view = memoryview(mapping)
+        self._stack.callback(view.release)
+        return view
 
     def _some(self, random: memoryview, part: Part) -> memoryview:
         size = part.stop - part.start
@@ -214,17 +232,6 @@ def _config(shape: Shape) -> dict[str, object]:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-
-
-def _mapped(path: Path, values: Array, stack: ExitStack) -> memoryview:
-    """Numbers in BF16, in a file: what the merges hold is not counted together with them."""
-    path.write_bytes(encode(values, "BF16"))
-    with path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    stack.callback(mapping.close)
-    view = memoryview(mapping)
-    stack.callback(view.release)
-    return view
 
 
 def refuse_small_disk(folder: Path, kept: int) -> None:
