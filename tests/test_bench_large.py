@@ -6,6 +6,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,6 +121,31 @@ def test_what_is_filled_takes_room_and_is_given_back(large, models, tmp_path):
         assert not np.frombuffer(data, np.uint16).any()
     assert file.stat().st_blocks <= before
     assert file.stat().st_size == size
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_parts_that_differ_are_refused_and_nothing_is_left(large, tmp_path, monkeypatch, differs):
+    def run(row):
+        is_part = "--shard" in row.command
+        seen.append(row.command[row.command.index("--shard") + 1] if is_part else "whole")
+        out = Path(row.command[row.command.index("-o") + 1])
+        if not is_part:  # the third call without a part is the join
+            out.mkdir()
+            content = "other" if differs and seen.count("whole") == 3 else "same"
+            (out / "model.safetensors").write_text(content)
+        return SimpleNamespace(cpu=1.0, wall=2.0, anonymous=3.0)
+
+    seen: list[str] = []
+    monkeypatch.setattr(large, "run", run)
+    work = tmp_path / "work"
+    work.mkdir()
+    if differs:
+        with pytest.raises(SystemExit, match=r"differ in model\.safetensors"):
+            large.parts(tmp_path, work)
+    else:
+        assert "longest part and join: 4.00 s. All 1 files" in large.parts(tmp_path, work)
+    assert seen == ["whole", "whole", "1/4", "2/4", "3/4", "4/4", "whole"]
+    assert not list(work.iterdir())
 
 
 def test_a_small_disk_is_refused(large, tmp_path):
