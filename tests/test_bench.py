@@ -75,6 +75,18 @@ def test_every_row_is_measured_and_compared_to_its_io(bench, result):
             )
 
 
+def test_mergekit_is_measured_by_its_command_and_by_its_api(bench, tmp_path):
+    plan = {
+        row.name: row for row in bench.rows(TINY, tmp_path, tmp_path / "out", tmp_path / "venv")
+    }
+    for inside in ("bfloat16", "float32"):
+        row = plan[f"mergekit merge_state_dicts, {inside}"]
+        assert row.command[0].startswith(str(tmp_path / "venv"))
+        assert inside in row.command
+        assert row.io == plan["mergekit task_arithmetic"].io == plan["task arithmetic"].io
+        compile(row.command[2], "the row", "exec")
+
+
 def test_the_json_says_on_what_it_was_measured(result):
     assert {
         "date",

@@ -165,10 +165,10 @@ def command(
             from bmerge_cli.recipe_stages import merge_stages, show_stages, stages_in
 
             stages = stages_in(recipe, settings)
-            if dry_run:
-                show_stages(stages, screen, as_json=as_json)
-                return
             part = parse_part(shard) if shard is not None else None
+            if dry_run:
+                show_stages(stages, screen, part, as_json=as_json)
+                return
             if len(stages) > 1 and (part is not None or part_of_launcher() is not None):
                 raise ConfigError(
                     f"'{recipe}' has {len(stages)} merges, and the parts of a merge go with one. "
@@ -190,7 +190,7 @@ def command(
         else:
             part = parse_part(shard) if shard is not None else None
             if dry_run:
-                _print_plan(config, screen, as_json=as_json)
+                _print_plan(config, screen, part, as_json=as_json)
                 return
             report = _merge_models(config, screen, part, threads=threads, sync=sync)
         if report is not None:
@@ -312,12 +312,12 @@ def _predict(
         print_json(report.model_dump(mode="json"))
 
 
-def _print_plan(config: MergeConfig, screen: Screen, *, as_json: bool) -> None:
+def _print_plan(config: MergeConfig, screen: Screen, part: Part | None, *, as_json: bool) -> None:
     # A plan replaces nothing, so an output that exists is no reason to stop.
     with plan_merge(config.model_copy(update={"force": True})) as plan:
-        show_plan(screen, plan)
+        show_plan(screen, plan, part)
         if as_json:
-            print_json(plan_document(plan))
+            print_json(plan_document(plan, part))
 
 
 def _merge_models(

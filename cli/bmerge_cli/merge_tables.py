@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bmerge_cli.render import Screen, table
-from mergekit_bayes.merge import MergeReport, PredictionReport
+from mergekit_bayes.merge import MergeReport, Part, PredictionReport
 from mergekit_bayes.merge.increase import Increase
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import Input, MergePlan
+from mergekit_bayes.stream.units import units_of
 
 if TYPE_CHECKING:
     from mergekit_bayes.lora import AdapterReport
@@ -18,9 +19,10 @@ _NOTHING = 1e-9  # nats that rounding alone gives
 _ROUNDING = 1e-5  # relative errors below this are those of float32 factors
 
 
-def plan_document(plan: MergePlan) -> dict[str, object]:
-    """A plan as the document of `--dry-run --json`."""
-    return {
+def plan_document(plan: MergePlan, part: Part | None = None) -> dict[str, object]:
+    """A plan as the document of `--dry-run --json`, with the share of a part."""
+    share = {} if part is None else {"part": _share(plan, part)}
+    return share | {
         "summary": plan.summary,
         "method": plan.method.name,
         "settings": plan.settings,
@@ -39,8 +41,21 @@ def plan_document(plan: MergePlan) -> dict[str, object]:
     }
 
 
-def show_plan(screen: Screen, plan: MergePlan) -> None:
-    """Print a plan: the models, and each tensor that is not simply merged."""
+def _share(plan: MergePlan, part: Part) -> dict[str, int]:
+    """How many units and entries of a plan a part takes."""
+    units = units_of(plan)
+    taken = [unit for unit in units if part.takes(unit.position)]
+    return {
+        "number": part.number,
+        "of": part.of,
+        "units": len(taken),
+        "all_units": len(units),
+        "entries": sum(unit.stop - unit.start for unit in taken),
+    }
+
+
+def show_plan(screen: Screen, plan: MergePlan, part: Part | None = None) -> None:
+    """Print a plan: the models, each tensor that is not simply merged, and the share of a part."""
     if screen.quiet:  # a table is rich's, which a quiet command does not load
         return
     columns = ["model", "role", "scale"]
@@ -62,6 +77,12 @@ def show_plan(screen: Screen, plan: MergePlan) -> None:
         f"{len(merged)} tensors merged ({size:,} entries), {len(steps) - len(merged)} copied, "
         f"{len(plan.left_out)} left out"
     )
+    if part is not None:
+        share = _share(plan, part)
+        screen.print(
+            f"part {part.number} of {part.of} does {share['units']:,} of {share['all_units']:,} "
+            f"units of work ({share['entries']:,} entries)"
+        )
     for step in steps:
         if step.copied is not None:
             screen.print(f"  copied    {step.name}: {step.copied}", markup=False)

@@ -11,7 +11,7 @@ from bmerge_cli.merge_tables import plan_document, show_plan
 from bmerge_cli.render import Screen, print_json
 from mergekit_bayes.configs import parse_config, read_yaml_documents
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.merge import MergeConfig, MergeReport
+from mergekit_bayes.merge import MergeConfig, MergeReport, Part
 from mergekit_bayes.mergekit.document import is_mergekit, read_recipes
 from mergekit_bayes.mergekit.export import exported, refuse_unsaid
 from mergekit_bayes.mergekit.running import Made, Stage, made_by, refuse_existing, stages_of
@@ -55,7 +55,9 @@ def stages_in(path: Path, settings: Settings) -> tuple[Stage, ...]:
     return stages_of(recipes, config, seed=seed)
 
 
-def show_stages(stages: tuple[Stage, ...], screen: Screen, *, as_json: bool) -> None:
+def show_stages(
+    stages: tuple[Stage, ...], screen: Screen, part: Part | None, *, as_json: bool
+) -> None:
     """Print the plans of the merges, as far as their models are there."""
     documents = []
     for stage in stages:
@@ -70,8 +72,8 @@ def show_stages(stages: tuple[Stage, ...], screen: Screen, *, as_json: bool) -> 
         # A plan replaces nothing, so an output that exists is no reason to stop.
         forced = stage.settings.model_copy(update={"force": True})
         with Stage(stage.recipe, forced, stage.outputs, stage.seed, stage.is_last).plan() as plan:
-            show_plan(screen, plan)
-            documents.append(plan_document(plan))
+            show_plan(screen, plan, part)
+            documents.append(plan_document(plan, part))
     if as_json:
         print_json(documents[0] if len(stages) == 1 and documents else {"stages": documents})
 

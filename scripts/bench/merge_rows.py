@@ -45,6 +45,26 @@ merged = {n: (t + sum(task[n] - t for task in tasks)).bfloat16() for n, t in bas
 save_file(merged, out, metadata={"format": "pt"})
 """
 
+# The same by mergekit's in-memory API, as its README shows it.
+IN_MEMORY = """
+import sys
+import torch
+from mergekit.merge_methods import merge_state_dicts
+from safetensors.torch import load_file, save_file
+out, dtype, *folders = sys.argv[1:]
+models = {f: load_file(f"{f}/model.safetensors") for f in folders}
+with torch.no_grad():
+    merged = merge_state_dicts(
+        models,
+        "task_arithmetic",
+        parameters={"weight": 1.0},
+        base=folders[0],
+        dtype=getattr(torch, dtype),
+        out_dtype=torch.bfloat16,
+    )
+save_file(merged, out, metadata={"format": "pt"})
+"""
+
 # Bytes of memory an entry for rows that hold complete models in float32; 16 were measured.
 WHOLE_BYTES = 20
 
@@ -148,6 +168,13 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
         if fits:
             exact = row("mergekit task_arithmetic, float32", [], three)
             yield _mergekit_row(exact, {}, mergekit, work, models, "float32")
+            # Without its command, its graph of tasks and its files: state dicts in memory.
+            for inside in ("bfloat16", "float32"):
+                name = f"mergekit merge_state_dicts, {inside}"
+                api = row(name, [], three, ".safetensors")
+                binary = str(mergekit / "bin" / "python")
+                command = [binary, "-c", IN_MEMORY, str(api.out), inside, *models]
+                yield api._replace(command=command)
         for method in ("ties", "dare_ties") if size <= 0.5 else ():
             slow = row(f"mergekit {method}", [], three)._replace(once=True)
             yield _mergekit_row(slow, {"density": 0.5}, mergekit, work, models)
