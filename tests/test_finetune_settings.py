@@ -10,7 +10,8 @@ import torch
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune import FinetuneConfig, LoraSettings
-from mergekit_bayes.finetune.choices import choose, learning_rate
+from mergekit_bayes.finetune.choices import choose
+from mergekit_bayes.finetune.rates import learning_rate, optimizer_rate
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.models.encode import encode_rows
 from mergekit_bayes.models.load import load_model
@@ -52,13 +53,13 @@ def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, 
     run_finetune(
         config(tmp_path, data, max_steps=2, optimizer="adamw", posterior="none", force=True)
     )
-    assert "tokens, adamw: lr 0.0001, weight_decay 1e-06\n" in capfd.readouterr().err
+    assert "tokens, adamw: learning_rate 0.0001, weight_decay 1e-06\n" in capfd.readouterr().err
 
 
 # In the order of the record, which the loss ends; `initial_A` of an adapter stands between the two.
 ALWAYS = (
-    *("optimizer", "lr", "weight_decay", "scheduler", "steps", "batch_size", "processes"),
-    "loss_reduction",
+    *("optimizer", "learning_rate", "lr", "weight_decay", "scheduler", "steps", "batch_size"),
+    *("processes", "loss_reduction"),
 )
 WITH_IVON = (
     *("ess", "hess_init", "beta1", "beta2", "clip_radius", "rescale_lr", "mc_samples"),
@@ -209,10 +210,11 @@ def test_beta2_is_chosen_within_the_bounds_that_the_guide_states(
 
 
 def test_an_adapters_default_rate_is_ten_times_that_of_whole_weights(tmp_path, data):
-    for optimizer, rate in (("ivon", 0.1), ("adamw", 1e-4)):
+    for optimizer, lr in (("ivon", 0.1), ("adamw", 1e-4)):
         whole = config(tmp_path, data, optimizer=optimizer)
-        assert learning_rate(whole) == rate
-        assert learning_rate(whole.model_copy(update={"lora": LoraSettings()})) == 10 * rate
+        adapter = whole.model_copy(update={"lora": LoraSettings()})
+        assert (learning_rate(whole), learning_rate(adapter)) == (1e-4, 1e-3)
+        assert (optimizer_rate(whole), optimizer_rate(adapter)) == (lr, 10 * lr)
 
 
 def test_numbers_at_the_edges_of_a_setting_are_used_or_refused(tmp_path, data):

@@ -220,7 +220,8 @@ class AdaptConfig(Config):
         None,
         ge=0,
         description="By default 2e-3 of the typical weight (the RMS of the median weight matrix), "
-        "ten times that for an adapter; for IVON the same divided by its `clip_radius` of 1e-3.",
+        "ten times that for an adapter. For IVON the bound on the change of a weight in one step, "
+        "and at most 0.01.",
     )
     max_steps: int = Field(200, ge=1, description="Number of steps at most.")
     batch_size: int = Field(

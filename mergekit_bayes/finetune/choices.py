@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from mergekit_bayes.finetune.rates import learning_rate, optimizer_rate
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.lora import INITIAL_A, initial_identity
 from mergekit_bayes.models.encode import observations
@@ -46,7 +47,8 @@ class Choices:
 
     Attributes:
         optimizer: `ivon` or `adamw`.
-        lr: Learning rate at the start.
+        learning_rate: At the start: the largest change of a weight in a step with IVON.
+        lr: The same as the optimizer takes it: for IVON in the published unit.
         weight_decay: Prior precision over `ess` for IVON; decoupled weight decay for AdamW.
         scheduler: Learning-rate schedule, by its name in transformers.
         steps: Optimizer steps of the whole run; the last step of an epoch may be smaller.
@@ -58,6 +60,7 @@ class Choices:
     """
 
     optimizer: Literal["ivon", "adamw"]
+    learning_rate: float
     lr: float
     weight_decay: float
     scheduler: str
@@ -72,6 +75,7 @@ class Choices:
         """The choices under the names by which posteriors and checkpoints store them."""
         fields: dict[str, str | float] = {
             "optimizer": self.optimizer,
+            "learning_rate": self.learning_rate,
             "lr": self.lr,
             "weight_decay": self.weight_decay,
             "scheduler": self.scheduler,
@@ -103,11 +107,12 @@ class Choices:
             unit: Name of one observation, `token` or `example`.
         """
         steps = f"{self.steps:,} step{'s' * (self.steps != 1)}"
-        line = (
-            f"{steps} of {self.batch_size:,.0f} {unit}s, {self.optimizer}: "
-            f"lr {self.lr:g}, weight_decay {self.weight_decay:g}"
-        )
         ivon = self.ivon
+        meaning = f" (bound of a weight's change a step; lr {self.lr:g})" if ivon else ""
+        line = (
+            f"{steps} of {self.batch_size:,.0f} {unit}s, {self.optimizer}: learning_rate "
+            f"{self.learning_rate:g}{meaning}, weight_decay {self.weight_decay:g}"
+        )
         if ivon is None:
             return line
         line += f", clip_radius {ivon.clip_radius:g}, ess {ivon.ess:.3g}, beta2 {ivon.beta2:.6g}"
@@ -135,7 +140,8 @@ def choose(
     total = observations(examples, loaded.task)
     return Choices(
         optimizer=config.optimizer,
-        lr=learning_rate(config),
+        learning_rate=learning_rate(config),
+        lr=optimizer_rate(config),
         weight_decay=config.weight_decay,
         scheduler=config.scheduler,
         steps=steps,
@@ -147,13 +153,6 @@ def choose(
         if config.optimizer == "ivon"
         else None,
     )
-
-
-def learning_rate(config: FinetuneConfig) -> float:
-    """The learning rate at the start: the setting, or the default for optimizer and adapter."""
-    if config.learning_rate is not None:
-        return config.learning_rate
-    return (0.1 if config.optimizer == "ivon" else 1e-4) * (1 if config.lora is None else 10)
 
 
 def ivon_choices(

@@ -27,6 +27,7 @@ from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.heads import Likelihood
 from mergekit_bayes.optim import IVON
+from mergekit_bayes.optim.rates import step_bound
 from mergekit_bayes.trainer.losses import (
     classification_loss,
     is_causal,
@@ -75,6 +76,7 @@ class IvonTrainerMixin:
     _random: tuple[Tensor, Tensor | None]  # states of the generators before the last sample
     _collected: list[dict[str, Tensor]]  # micro-batches of the step that have come
     _observed: int | None = None  # index of the micro-batch whose curvature is due
+    _logs_step_bound = False  # whether logs hold lr * clip_radius as the learning rate, or lr
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Make IVON with one parameter group.
@@ -103,6 +105,15 @@ class IvonTrainerMixin:
             trainable = [p for p in model.parameters() if p.requires_grad]
             self.optimizer = optimizer_class(trainable, **arguments)
         return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """The learning rate for the log, in the unit in which it was given."""
+        rate: float = super()._get_learning_rate()  # type: ignore[misc]
+        return (
+            step_bound(unwrap(self.optimizer).param_groups[0], rate)
+            if self._logs_step_bound
+            else rate
+        )
 
     def train(self, *args: object, **kwargs: object) -> "TrainOutput":
         """Train. Micro-batches that an interrupted step left are dropped first."""

@@ -1,0 +1,107 @@
+"""The unit of the learning rate: the largest change of a weight in one step.
+
+With IVON no weight moves further than `learning_rate` in a step, whatever `clip_radius` is. Earlier
+versions took IVON's own `lr` under the same name: 0.1, where it is 1e-4 now. Their settings are
+refused with the number converted, and their checkpoints are compared in the present unit.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.finetune.settings import FinetuneConfig
+from mergekit_bayes.optim.rates import bound_from_rate, rate_from_bound
+
+_LARGEST = 0.01  # a weight of a trained model has about this size
+_LARGEST_LR = 1e30  # far above any use, and within float32
+
+
+def learning_rate(config: FinetuneConfig) -> float:
+    """The learning rate at the start: the setting, or the default for whole weights or adapters."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return 1e-4 if config.lora is None else 1e-3
+
+
+def optimizer_rate(config: FinetuneConfig) -> float:
+    """The `lr` of the optimizer at the start, which IVON takes in the published unit."""
+    rate = learning_rate(config)
+    if config.optimizer != "ivon":
+        return rate
+    return rate_from_bound(rate, config.clip_radius, _scale(config))
+
+
+def refuse_rate(config: FinetuneConfig) -> None:
+    """Refuse a learning rate that bounds nothing, or that is meant in the unit of `IVON(lr=)`.
+
+    AdamW's unit has not changed, and its rate is left to the user.
+
+    Raises:
+        ConfigError: The rate is above 0.01, the clip radius infinite, or both together give no
+            rate that IVON can use.
+    """
+    if config.optimizer != "ivon":
+        return
+    clip = config.clip_radius
+    if not clip < float("inf"):
+        raise ConfigError(
+            "clip_radius: with inf nothing bounds a step, so learning_rate has no meaning. Give a "
+            "finite one (1e-3), or use IVON(lr=, clip_radius=inf) in a script of your own."
+        )
+    rate = learning_rate(config)
+    if not rate <= _LARGEST:
+        message = (
+            f"learning_rate: expected at most {_LARGEST:g}, found {rate:g}. With IVON it is the "
+            "largest change of a weight in one step, to be chosen like AdamW's rate."
+        )
+        if rate < float("inf"):
+            converted = bound_from_rate(rate, clip, _scale(config))
+            message += (
+                f" Earlier versions took IVON's own lr here: lr {rate:g} with clip_radius "
+                f"{clip:g} is learning_rate: {converted:.6g}."
+            )
+        raise ConfigError(message)
+    if not (lr := optimizer_rate(config)) <= _LARGEST_LR:
+        raise ConfigError(
+            f"clip_radius: {clip:g} with learning_rate {rate:g} makes IVON's lr {lr:g}, which it "
+            "cannot use. Give a larger one (1e-3)."
+        )
+
+
+def in_present_unit(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint, with `learning_rate` in the present unit.
+
+    An earlier version stored IVON's `lr` under both names, and no `learning_rate` where none was
+    given. An adaptation keeps `lr` among its units, and its clip radius is the default.
+
+    Args:
+        stored: What the checkpoint holds. Values that no version has written are left alone.
+    """
+    units = stored.get("units")
+    holder, is_adaptation = (units, True) if isinstance(units, Mapping) else (stored, False)
+    lr, rate = holder.get("lr"), stored.get("learning_rate")
+    is_old = rate == lr or (rate is None and not is_adaptation)
+    if not is_old or not _is_number(lr):
+        return dict(stored)
+    if stored.get("optimizer") != "ivon":
+        return {**stored, "learning_rate": lr}
+    fields = FinetuneConfig.model_fields
+    clip, start, decay = (
+        stored.get(name, fields[name].default)
+        for name in ("clip_radius", "hess_init", "weight_decay")
+    )
+    if not all(map(_is_number, (clip, start, decay))):
+        return dict(stored)
+    is_rescaled = stored.get("rescale_lr") and stored.get("curvature") == "price"
+    bound = bound_from_rate(lr, clip, start + decay if is_rescaled else 1.0)
+    return {**stored, "learning_rate": bound}
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and 0 <= value < float("inf")
+
+
+def _scale(config: FinetuneConfig) -> float:
+    """What IVON multiplies its `lr` by: `hess_init + weight_decay` with `rescale_lr`, else 1."""
+    is_rescaled = config.rescale_lr and config.curvature == "price"
+    return config.hess_init + config.weight_decay if is_rescaled else 1.0
