@@ -16,29 +16,7 @@ from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.lora import INITIAL_A, initial_identity
 from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.load import UNIT, Loaded
-
-# Standard deviation at the start, as a share of the typical weight, where `ess` is left out.
-_START_NOISE = 0.05
-
-
-@dataclass(frozen=True)
-class IvonChoices:
-    """Arguments of `IVON` besides the learning rate, the weight decay and the seed.
-
-    The names are those of `IVON` and `FinetuneConfig`, where they are documented.
-    """
-
-    ess: float
-    hess_init: float
-    beta1: float
-    beta2: float
-    clip_radius: float
-    rescale_lr: bool
-    mc_samples: int
-    antithetic: bool
-    rank_noise: bool
-    curvature: Literal["price", "ggn"]
-    curvature_every: int
+from mergekit_bayes.trainer.choices import IvonChoices, choose_ivon
 
 
 @dataclass(frozen=True)
@@ -166,40 +144,8 @@ def ivon_choices(
         total: Observations of the data.
         steps: Optimizer steps of the whole run.
     """
-    ggn = config.curvature == "ggn"
-    # The least curvature that an entry can start from. Under `ggn` an entry that no output depends
-    # on keeps it.
-    floor = config.weight_decay if ggn else config.hess_init
-    # The Hessian remembers a fifth of the run.
-    forgetting = 5 * (config.curvature_every if ggn else 1) / steps
-    beta2 = min(0.99999, max(0.5 if ggn else 0.9, 1 - forgetting))
-    return IvonChoices(
-        ess=config.ess or max(float(total), _quiet_ess(model, floor)),
-        hess_init=config.hess_init,
-        beta1=config.beta1,
-        beta2=beta2 if config.beta2 is None else config.beta2,
-        clip_radius=config.clip_radius,
-        rescale_lr=config.rescale_lr,
-        mc_samples=max(2, config.mc_samples) if config.antithetic else config.mc_samples,
-        antithetic=config.antithetic,
-        rank_noise=config.rank_noise,
-        curvature=config.curvature,
-        curvature_every=config.curvature_every,
-    )
-
-
-def _quiet_ess(model: torch.nn.Module, curvature: float) -> float:
-    """The ess at which the first noise is `_START_NOISE` of the median matrix's RMS."""
-    sizes = [
-        float(p.detach().float().square().mean().sqrt())
-        for p in model.parameters()
-        if p.requires_grad and p.ndim > 1
-    ]
-    nonzero = sorted(size for size in sizes if size > 0)
-    if not nonzero:
-        return 0.0
-    median = nonzero[len(nonzero) // 2]
-    return float(1 / (curvature * (_START_NOISE * median) ** 2))
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(IvonChoices)}
+    return choose_ivon(model, total, steps, weight_decay=config.weight_decay, **given)
 
 
 def _initial_a(model: torch.nn.Module) -> str:

@@ -8,12 +8,8 @@ refused with the number converted, and their checkpoints are compared in the pre
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.settings import FinetuneConfig
-from mergekit_bayes.optim.rates import bound_from_rate, rate_from_bound
-
-_LARGEST = 0.01  # a weight of a trained model has about this size
-_LARGEST_LR = 1e30  # far above any use, and within float32
+from mergekit_bayes.optim.rates import bound_from_rate, checked_rate, rate_from_bound
 
 
 def learning_rate(config: FinetuneConfig) -> float:
@@ -32,40 +28,15 @@ def optimizer_rate(config: FinetuneConfig) -> float:
 
 
 def refuse_rate(config: FinetuneConfig) -> None:
-    """Refuse a learning rate that bounds nothing, or that is meant in the unit of `IVON(lr=)`.
+    """Refuse a learning rate of IVON that bounds nothing, or that is meant in another unit.
 
     AdamW's unit has not changed, and its rate is left to the user.
 
     Raises:
-        ConfigError: The rate is above 0.01, the clip radius infinite, or both together give no
-            rate that IVON can use.
+        ConfigError: As `checked_rate`.
     """
-    if config.optimizer != "ivon":
-        return
-    clip = config.clip_radius
-    if not clip < float("inf"):
-        raise ConfigError(
-            "clip_radius: with inf nothing bounds a step, so learning_rate has no meaning. Give a "
-            "finite one (1e-3), or use IVON(lr=, clip_radius=inf) in a script of your own."
-        )
-    rate = learning_rate(config)
-    if not rate <= _LARGEST:
-        message = (
-            f"learning_rate: expected at most {_LARGEST:g}, found {rate:g}. With IVON it is the "
-            "largest change of a weight in one step, to be chosen like AdamW's rate."
-        )
-        if rate < float("inf"):
-            converted = bound_from_rate(rate, clip, _scale(config))
-            message += (
-                f" Earlier versions took IVON's own lr here: lr {rate:g} with clip_radius "
-                f"{clip:g} is learning_rate: {converted:.6g}."
-            )
-        raise ConfigError(message)
-    if not (lr := optimizer_rate(config)) <= _LARGEST_LR:
-        raise ConfigError(
-            f"clip_radius: {clip:g} with learning_rate {rate:g} makes IVON's lr {lr:g}, which it "
-            "cannot use. Give a larger one (1e-3)."
-        )
+    if config.optimizer == "ivon":
+        checked_rate(learning_rate(config), config.clip_radius, _scale(config))
 
 
 def in_present_unit(stored: Mapping[str, Any]) -> dict[str, Any]:

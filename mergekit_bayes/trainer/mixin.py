@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mergekit_bayes.curvature.ggn import random_root
 from mergekit_bayes.curvature.outputs import SEQUENCE, likelihood, loss_name, scored_logits
-from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.heads import Likelihood
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.optim.rates import step_bound
+from mergekit_bayes.trainer.logits import draw_root
 from mergekit_bayes.trainer.losses import (
     classification_loss,
     is_causal,
@@ -239,10 +238,8 @@ class IvonTrainerMixin:
 
     def _root(self, scored: Tensor, of_loss: Likelihood, index: int) -> Tensor:
         """One random root of the Hessian in the scored logits, drawn for this micro-batch."""
-        group = unwrap(self.optimizer).param_groups[0]
-        seed = mix(group["seed"], group["steps"], index, self.accelerator.process_index, 1)
-        signs = torch.Generator(scored.device).manual_seed(seed)
-        return random_root(scored.detach(), of_loss, signs)
+        optimizer, rank = unwrap(self.optimizer), self.accelerator.process_index
+        return draw_root(optimizer, scored, of_loss, index, rank)
 
 
 def _logits(outputs: object) -> Tensor | None:
