@@ -13,10 +13,10 @@ import torch
 
 from mergekit_bayes.finetune.rates import learning_rate, optimizer_rate
 from mergekit_bayes.finetune.settings import FinetuneConfig
-from mergekit_bayes.lora import INITIAL_A, initial_identity
+from mergekit_bayes.lora import INITIAL_A
 from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.load import UNIT, Loaded
-from mergekit_bayes.trainer.choices import IvonChoices, choose_ivon
+from mergekit_bayes.trainer.choices import IvonChoices, choose_ivon, initial_a
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def choose(
         batch_size=total / len(examples) * examples_per_step,
         processes=processes,
         loss_reduction=f"mean over {UNIT[loaded.task]}s of a step",
-        initial_a=None if config.lora is None else _initial_a(loaded.model),
+        initial_a=None if config.lora is None else initial_a(loaded.model),
         ivon=ivon_choices(config, loaded.model, total, steps)
         if config.optimizer == "ivon"
         else None,
@@ -146,12 +146,3 @@ def ivon_choices(
     """
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(IvonChoices)}
     return choose_ivon(model, total, steps, weight_decay=config.weight_decay, **given)
-
-
-def _initial_a(model: torch.nn.Module) -> str:
-    factors = {
-        name: parameter.detach().float().cpu().numpy()
-        for name, parameter in model.named_parameters()
-        if ".lora_A." in name
-    }
-    return initial_identity(factors)

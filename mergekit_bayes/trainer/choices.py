@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from mergekit_bayes.errors import ConfigError, did_you_mean
+from mergekit_bayes.lora import initial_identity
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.optim.rates import checked_rate
 
@@ -137,6 +138,16 @@ def choose_ivon(
         curvature=curvature,
         curvature_every=curvature_every,
     )
+
+
+def initial_a(model: torch.nn.Module) -> str:
+    """Hash of the A factors that an adapter has at the start, by which equal starts are known."""
+    factors = {
+        name: parameter.detach().float().cpu().numpy()
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name
+    }
+    return initial_identity(factors)
 
 
 def _quiet_ess(model: torch.nn.Module, curvature: float) -> float:

@@ -12,19 +12,29 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.lora import INITIAL_A
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.ranks import on_main
-from mergekit_bayes.trainer.choices import WEIGHT_DECAY, ivon_settings
+from mergekit_bayes.trainer.choices import WEIGHT_DECAY, initial_a, ivon_settings
 from mergekit_bayes.trainer.mixin import IvonTrainerMixin, unwrap
 from mergekit_bayes.trainer.saving import Unit, gathered, store, stored_precision
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import TrainingArguments
+    from transformers.trainer_utils import TrainOutput
 
 _IGNORED = -100  # the label that transformers' losses leave out
 _COUNTED = 10_000  # rows of which all are counted; of more rows, as many evenly spaced ones
-_NORM = 1.0  # the default of `max_grad_norm`
+# Arguments of the Trainer that IVON does not take, and what takes their place.
+_OF_ADAMW = {
+    "optim": "to train with another optimizer, use the Trainer that this one is made from",
+    "adam_beta1": "give ivon={'beta1': ...}",
+    "adam_beta2": "beta2 is the memory of the Hessian, and follows from the number of steps",
+    "adam_epsilon": "the prior bounds the Hessian from below",
+    "weight_decay": "that of IVON is the prior precision over ess, ivon={'weight_decay': 1e-6}",
+    "max_grad_norm": "gradients are taken before they are clipped, and clip_radius bounds a step",
+}
 
 
 class ChosenIvonMixin(IvonTrainerMixin):
@@ -45,6 +55,7 @@ class ChosenIvonMixin(IvonTrainerMixin):
     _logs_step_bound = True
     _steps: int | None = None  # of the whole run
     _loader: "DataLoader[Any]"
+    _start: dict[str, str]  # what is recorded of the adapter that training starts from
     _seen: tuple[float, Unit] | None = None  # observations of the data, and their unit
 
     def __init__(
@@ -52,6 +63,8 @@ class ChosenIvonMixin(IvonTrainerMixin):
     ) -> None:
         self._given = dict(ivon or {})
         super().__init__(*args, **kwargs)
+        has_adapter = hasattr(self.model, "peft_config")
+        self._start = {INITIAL_A: initial_a(self.model)} if has_adapter else {}
         if self.optimizer_cls_and_kwargs is not None:
             if ivon is not None:
                 raise ConfigError("ivon and optimizer_cls_and_kwargs: give one of them.")
@@ -59,6 +72,14 @@ class ChosenIvonMixin(IvonTrainerMixin):
             return
         _refuse(self.args)
         self.args.max_grad_norm = 0.0
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object
+    ) -> "TrainOutput":
+        """Train. The adapter that a resumed run began with is not known, so none is recorded."""
+        if resume_from_checkpoint:
+            self._start = {}
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(
         self, args: "TrainingArguments", dataloader: "DataLoader[Any]"
@@ -131,22 +152,20 @@ class ChosenIvonMixin(IvonTrainerMixin):
                 observations=observations,
                 unit=unit,
                 base=start if start and Path(start).is_dir() else None,
+                training=self._start,
                 force=True,  # the Trainer has replaced the model
             )
         )
 
 
 def _refuse(args: "TrainingArguments") -> None:
-    if args.weight_decay:
-        raise ConfigError(
-            f"weight_decay: {args.weight_decay:g} is AdamW's. That of IVON is the prior precision "
-            "over ess, and 1e-4 is much: leave it out, or give ivon={'weight_decay': 1e-6}."
-        )
-    if args.max_grad_norm not in (0, _NORM, None):
-        raise ConfigError(
-            f"max_grad_norm: {args.max_grad_norm:g} has no effect, because IVON takes its "
-            "gradients before they are clipped. Leave it out; clip_radius takes its place."
-        )
+    """Refuse arguments of another optimizer, whose numbers mean something else to IVON."""
+    fields = type(args).__dataclass_fields__
+    for name, advice in _OF_ADAMW.items():
+        value = getattr(args, name, None)
+        if value not in (fields[name].default, 0, None):
+            found = getattr(value, "value", value)
+            raise ConfigError(f"{name}: {found} has no effect on IVON. Leave it out; {advice}.")
 
 
 def _count(loader: "DataLoader[Any]", batch_size: int) -> tuple[float, Unit]:
@@ -161,7 +180,7 @@ def _count(loader: "DataLoader[Any]", batch_size: int) -> tuple[float, Unit]:
     collate: Any = loader.collate_fn
     indices = [i * rows // _COUNTED for i in range(_COUNTED)] if rows > _COUNTED else range(rows)
     total, unit = 0, "token"
-    with torch.random.fork_rng():  # a collator may draw
+    with torch.random.fork_rng(devices=[]):  # a collator may draw
         for first in range(0, len(indices), batch_size):
             batch = collate([data[i] for i in indices[first : first + batch_size]])
             count, unit = _observations(batch)
