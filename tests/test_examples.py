@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mergekit_bayes import launcher
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
 from tests import finetuning, tiny
@@ -51,6 +54,20 @@ def test_an_example_leaves_what_a_merge_takes(tmp_path, data, monkeypatch, name)
     tuned, merged = tiny.read(tmp_path / "tuned"), tiny.read(tmp_path / "merged")
     for tensor in tuned:
         np.testing.assert_allclose(merged[tensor], tuned[tensor], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["accelerate_loop", "transformers_trainer"])
+def test_an_example_trains_replicas_and_stores_once(tmp_path, data, monkeypatch, name):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    tiny_gpt2("base")
+    run = f"from tests.test_examples import load; load({name!r}).main('base', {data!r}, 'tuned', 4)"
+    said = "; import torch.distributed as dist; assert dist.get_world_size() == 2"
+    assert launcher.launch([sys.executable, "-c", run + said], 2) == 0
+    info = finetuning.info_of("tuned")
+    assert (info.observations, info.training["steps"]) == (tokens(data), 4)
 
 
 def tokens(data):

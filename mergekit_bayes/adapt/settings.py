@@ -334,7 +334,7 @@ class AdaptReport(Frozen):
         kappa: Weight of one memory observation.
         tau: Weight of the K-prior.
         prior: Its weight-space part: `stored`, `none` or one number, 1/weight^2.
-        learning_rate: Learning rate at the start.
+        learning_rate: Learning rate at the start, in the unit of the settings.
         refused_steps: Steps that were undone because the memory's KL leapt.
         reconstruction_error: Relative squared error of the K-prior's gradient at the end, measured
             on the held-out memory: 0 is exact, and noise can bring it below; None where the

@@ -6,6 +6,7 @@ The model's files are those of `save_pretrained`, or one safetensors file of a m
 the precision lies beside them in `posterior/` with its record.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +27,18 @@ from mergekit_bayes.libraries import call
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.optim import full_tensors
 from mergekit_bayes.optim.base import PosteriorOptimizer
+from mergekit_bayes.optim.rates import step_bound
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS, base_identity
 from mergekit_bayes.ranks import on_main
 
 Unit = Literal["token", "example"]
 _WEIGHTS = "model.safetensors"
-_NOT_RECORDED = {"params", "steps", "draws", "prior_sum", "prior_order", "ggn", "initial_lr"}
+# Of a parameter group: what is no setting, or is recorded under another name.
+_NOT_RECORDED = {
+    *("params", "draws", "prior_sum", "prior_order", "ggn", "initial_lr", "differentiable")
+}
+_ATTRIBUTES = ("antithetic", "curvature", "rank_noise", "restore")  # settings beside the groups
 
 
 def save_trained(
@@ -155,8 +161,6 @@ def store(
     prior = float(group["ess"] * group["weight_decay"])
     with SafetensorsSource(checkpoint_files(folder)) as source:
         mean = identify(source)
-    settings = {n: v for n, v in group.items() if n not in _NOT_RECORDED}
-    settings |= {"lr": group.get("initial_lr", group["lr"]), "steps": group["steps"]}
     is_known = hasattr(model, "config")  # else nothing says which loss it is
     info = PosteriorInfo(
         estimator=estimator,
@@ -169,7 +173,7 @@ def store(
         base=None if base is None else base_identity(Path(base)),
         tokenizer=tokenizer_identity(folder),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        training={"optimizer": type(optimizer).__name__.lower(), **settings}
+        training=_settings(optimizer)
         | ({LOSS: trained_loss(model).name} if is_known else {})
         | dict(training or {}),
         health=precision_health(precision),
@@ -178,6 +182,22 @@ def store(
     named = checkpoint_names(model, dict(precision)) if _is_pretrained(model) else precision
     arrays = {name: tensor.detach().cpu().float().numpy() for name, tensor in named.items()}
     save_posterior(folder, arrays, info, force=force)
+
+
+def _settings(optimizer: PosteriorOptimizer) -> dict[str, Any]:
+    """The settings of the optimizer and its number of steps, under the names of its arguments."""
+    group = optimizer.param_groups[0]
+    lr = group.get("initial_lr", group["lr"])
+    settings: dict[str, Any] = {"optimizer": type(optimizer).__name__.lower()}
+    if group.get("clip_radius", math.inf) < math.inf:
+        settings["learning_rate"] = step_bound(group, lr)
+    settings |= {
+        name: value
+        for name, value in group.items()
+        if name not in _NOT_RECORDED and value != math.inf  # for which JSON has no number
+    }
+    others = {n: getattr(optimizer, n) for n in _ATTRIBUTES if hasattr(optimizer, n)}
+    return settings | {"lr": lr, "steps": group["steps"]} | others
 
 
 def _is_pretrained(model: Module) -> bool:
