@@ -52,7 +52,6 @@ class ChosenIvonMixin(IvonTrainerMixin):
         ConfigError: A setting that means something else to IVON, or has no meaning to it.
     """
 
-    _logs_step_bound = True
     _steps: int | None = None  # of the whole run
     _loader: "DataLoader[Any]"
     _start: dict[str, str]  # what is recorded of the adapter that training starts from
@@ -65,13 +64,12 @@ class ChosenIvonMixin(IvonTrainerMixin):
         super().__init__(*args, **kwargs)
         has_adapter = hasattr(self.model, "peft_config")
         self._start = {INITIAL_A: initial_a(self.model)} if has_adapter else {}
-        if self.optimizer_cls_and_kwargs is not None:
-            if ivon is not None:
-                raise ConfigError("ivon and optimizer_cls_and_kwargs: give one of them.")
-            self._logs_step_bound = False
-            return
-        _refuse(self.args)
-        self.args.max_grad_norm = 0.0
+        self._chooses = self._logs_step_bound = self.optimizer_cls_and_kwargs is None
+        if self._chooses:
+            _refuse(self.args)
+            self.args.max_grad_norm = 0.0
+        elif ivon is not None:
+            raise ConfigError("ivon and optimizer_cls_and_kwargs: give one of them.")
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object
@@ -95,9 +93,9 @@ class ChosenIvonMixin(IvonTrainerMixin):
         Raises:
             ConfigError: Settings with which IVON does not work, or data without a length.
         """
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+        if self.optimizer is None and self._chooses:
             if self._steps is None:
-                loader = self.get_train_dataloader()
+                loader = self.get_train_dataloader()  # type: ignore[attr-defined]
                 self.set_initial_training_values(self.args, loader)
             assert self._steps is not None
             settings = {"weight_decay": WEIGHT_DECAY, "seed": self.args.seed} | self._given

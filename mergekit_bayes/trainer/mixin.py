@@ -93,6 +93,12 @@ class IvonTrainerMixin:
             raise ConfigError(
                 "IVON does not work with the fp16 gradient scaler. Use bf16 instead of fp16."
             )
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"{self.args.n_gpu} GPUs are visible to one process: the Trainer would copy the "
+                "model to each, and the copies would not see IVON's samples. Start a process for "
+                "each (accelerate launch, torchrun), or show one (CUDA_VISIBLE_DEVICES=0)."
+            )
         if self.args.load_best_model_at_end and self.args.save_only_model:
             raise ConfigError(
                 "load_best_model_at_end with save_only_model: the best checkpoint would have "
