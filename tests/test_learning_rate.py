@@ -11,6 +11,7 @@ import torch
 
 from mergekit_bayes.adapt import AdaptConfig
 from mergekit_bayes.adapt.data import training_config
+from mergekit_bayes.adapt.units import choose_units
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
@@ -116,6 +117,15 @@ def test_an_adaptation_refuses_it_as_well():
     refuse_before(training_config(AdaptConfig.model_validate(given)))
     with pytest.raises(ConfigError, match=r"is learning_rate: 0\.0005\."):
         refuse_before(training_config(AdaptConfig.model_validate(given | {"optimizer": "ivon"})))
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("ivon", 0.3), ("adamw", 3e-4)])
+def test_an_adaptation_hands_ivon_its_own_rate_and_reports_the_bound(optimizer, lr):
+    given = {"model": "m", "output": "o", "learning_rate": 3e-4, "base_observations": 5}
+    config = AdaptConfig.model_validate(given | {"optimizer": optimizer})
+    units = choose_units(config, None, {"add": 10}, None, "token")
+    assert (units.learning_rate, units.lr, units.record()["lr"]) == (3e-4, lr, lr)
+    assert "learning_rate 0.0003, " in units.summary()
 
 
 def test_the_largest_rate_and_none_at_all_are_taken():

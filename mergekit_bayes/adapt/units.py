@@ -10,7 +10,7 @@ from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.optim.rates import rate_from_bound
 from mergekit_bayes.posterior import PosteriorInfo
 
-_IVON_CLIP: float = FinetuneConfig.model_fields["clip_radius"].default
+_CLIP: float = FinetuneConfig.model_fields["clip_radius"].default  # of IVON in an adaptation
 _STEP = 2e-3  # learning rate over the typical weight
 _ADAPTER = 10.0  # an adapter's factors start small, and its rate is this many times as large
 
@@ -160,9 +160,16 @@ def choose_units(
         kappa=kappa,
         tau=config.tau,
         learning_rate=rate,
-        lr=rate_from_bound(rate, _IVON_CLIP) if config.optimizer == "ivon" else rate,
+        lr=_optimizer_rate(config, rate),
         steps=config.max_steps,
     )
+
+
+def _optimizer_rate(config: AdaptConfig, rate: float) -> float:
+    """The rate as the optimizer takes it; one that was chosen has the bits of earlier versions."""
+    if config.optimizer != "ivon":
+        return rate
+    return rate / _CLIP if config.learning_rate is None else rate_from_bound(rate, _CLIP)
 
 
 def _learning_rate(config: AdaptConfig, loaded: Loaded) -> float:
