@@ -9,7 +9,7 @@ extras=test
 select="not slow and not gpu"
 case "${1:-}" in
     "") ;;
-    --slow) extras=test,slow,sft select="not gpu" ;;
+    --slow) extras=test,slow,examples select="not gpu" ;;
     *) fail "usage: bash scripts/test.sh [--slow]" ;;
 esac
 install_project "$extras"

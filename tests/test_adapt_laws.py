@@ -79,6 +79,7 @@ def objective_of(model, parts, precision=None, *, kappa=1.0, tau=1.0, removal="a
         kappa=kappa,
         tau=tau,
         learning_rate=0.0,
+        lr=0.0,
         steps=1,
     )
 
@@ -402,6 +403,7 @@ def test_the_mean_over_all_batches_is_the_whole_objective(removal):
         kappa=kappa,
         tau=tau,
         learning_rate=0.0,
+        lr=0.0,
         steps=1,
     )
     sizes = {name: len(rows) for name, rows in parts.items()}

@@ -743,7 +743,7 @@ def test_ivon_reaches_about_the_objective_of_adamw(world, start, prior):
     for optimizer in ("adamw", "ivon"):
         changes = {
             "optimizer": optimizer,
-            "learning_rate": {"adamw": 3e-3, "ivon": 3.0}[optimizer],
+            "learning_rate": 3e-3,
             "add": {"data": str(world / "add.jsonl")},
             "memory": memory,
             "prior": prior,

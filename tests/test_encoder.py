@@ -76,7 +76,7 @@ def trained(tmp_path_factory):
             max_steps=80,
             batch_size=16,
             max_length=40,
-            learning_rate=0.2,
+            learning_rate=2e-4,
             flush_batches=24,
             seed=0,
         )

@@ -52,6 +52,7 @@ def test_a_language_model_leaves_a_checkpoint_and_a_full_posterior(tmp_path, dat
         assert (info.training["curvature"], info.training["curvature_every"]) == ("ggn", 8)
         assert info.training["beta2"] == pytest.approx(max(0.5, 1 - 5 * 8 / 12))
         assert {
+            "learning_rate",
             "lr",
             "ess",
             "hess_init",
@@ -110,7 +111,7 @@ def test_training_lowers_the_loss_with_either_optimizer(tmp_path, data):
             optimizer=optimizer,
             output=str(tmp_path / optimizer),
             epochs=10,
-            learning_rate=1.0 if optimizer == "ivon" else 1e-3,
+            learning_rate=1e-3,
         )
         run_finetune(settings, quiet=True)
         losses = {}
@@ -171,7 +172,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, data, samples):
 
 def test_a_classifier_counts_examples(tmp_path, data):
     base = tiny_bert(tmp_path / "bert")
-    run_finetune(config(tmp_path, data, model=base, epochs=20, learning_rate=3.0), quiet=True)
+    run_finetune(config(tmp_path, data, model=base, epochs=20, learning_rate=3e-3), quiet=True)
     with open_posterior(str(tmp_path / "out")) as posterior:
         assert (posterior.info.unit, posterior.info.observations) == ("example", 48)
     loaded = load_model(str(tmp_path / "out"))

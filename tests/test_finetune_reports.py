@@ -265,7 +265,10 @@ def test_the_log_holds_loss_and_posterior_health_at_every_logging_step(tmp_path,
     assert shown.out == ""
     assert "step 4/6  loss " in shown.err
     training = info_of(tmp_path / "out").training
-    assert f"6 steps of {training['batch_size']:,.0f} tokens, ivon: lr " in shown.err
+    assert (
+        f"6 steps of {training['batch_size']:,.0f} tokens, ivon: learning_rate 0.0001 (bound of "
+        in shown.err
+    )
     assert (
         f"ess {training['ess']:.3g}, beta2 0.99, curvature price, "
         f"hess_init {training['hess_init']:g}" in shown.err

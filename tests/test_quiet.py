@@ -28,7 +28,7 @@ data = finetuning.data
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "peft", "accelerate", "torch")
 # What bmerge itself prints on stderr while it trains, estimates and measures.
 OURS = (
-    r"\d+ steps? of [\d,]+ (tokens|examples), (ivon|adamw): lr .*",
+    r"\d+ steps? of [\d,]+ (tokens|examples), (ivon|adamw): learning_rate .*",
     r"step \d+/\d+  loss .*",
     r"\d+ steps?, mean training loss .*",
     r"posterior: .*",

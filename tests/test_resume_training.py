@@ -231,8 +231,8 @@ def test_other_settings_than_the_checkpoints_are_refused_by_name(tmp_path, data)
     shutil.rmtree(tmp_path / "out")
     for changes, name in (
         (
-            {"learning_rate": 0.2},
-            "learning_rate is left out there and 0.2 here; lr is 0.1 there and 0.2 here",
+            {"learning_rate": 2e-4},
+            "learning_rate is 0.0001 there and 0.0002 here; lr is 0.1 there and 0.2 here",
         ),
         ({"max_steps": 8}, "max_steps is 7 there and 8 here"),
         ({"max_rows": 20}, "data holds something else"),

@@ -5,9 +5,12 @@ import peft
 import pytest
 import torch
 
+from mergekit_bayes.lora import INITIAL_A
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
+from tests import tiny
+from tests.finetuning import info_of
 from tests.tiny_models import tiny_gpt2
 from tests.trainers import ROWS, first_gradient, true_gradient
 
@@ -84,3 +87,40 @@ def test_the_gradient_is_that_of_the_mean_over_the_tokens_that_are_predicted(tmp
         torch.testing.assert_close(
             gradient, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_ready_trainer_scores_completions_and_stores_their_posterior(tmp_path, adapter):
+    """`SFTTrainer` becomes `IvonSFTTrainer`; the rest is as trl documents it."""
+    from mergekit_bayes.trainer import IvonSFTTrainer
+
+    completions = ["on the mat .", "film", "ran the dog"]
+    rows = [{"prompt": "the cat sat ", "completion": text} for text in completions * 4]
+    settings = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    t = IvonSFTTrainer(
+        model=str(tiny_gpt2(tmp_path / "m")),
+        args=trl.SFTConfig(
+            str(tmp_path / "out"), learning_rate=1e-3, max_steps=2, logging_steps=1, **settings
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        peft_config=peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)
+        if adapter
+        else None,
+    )
+    t.train()
+    rates = [entry["learning_rate"] for entry in t.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([1e-3, 5e-4])
+    assert unwrap(t.optimizer).defaults["lr"] == 1.0
+    t.save_model(str(tmp_path / "tuned"))
+    info = info_of(tmp_path / "tuned")
+    scored = sum(int((labels != -100).sum()) for labels in labels_of(t))
+    assert (info.unit, info.observations, info.estimator) == ("token", scored, "ggn")
+    assert (INITIAL_A in info.training) == adapter
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    stored = tiny.read(tmp_path / "tuned" / weights)
+    assert set(tiny.read(tmp_path / "tuned" / "posterior" / "precision.posterior")) == set(stored)
+
+
+def labels_of(trainer):
+    """The labels that trl's loss scores, row by row: the first of a row is scored by no token."""
+    return [batch["labels"][:, 1:] for batch in trainer.get_train_dataloader()]

@@ -355,6 +355,7 @@ WRITERS = {
     "merge/journal": "own_files opens it",
     "merge/partial": "own_files opens it",
     "merge/side_files": "in OUT.partial, in which refuse_planted found no link",
+    "trainer/saving": "into the folder of `replacing`",
 }
 WRITE_CALLS = {
     *("write_text", "write_bytes", "savefig", "save_pretrained", "save_file", "touch"),

@@ -70,6 +70,10 @@ def test_what_an_interrupted_step_left_is_dropped(tmp_path):
 def test_settings_that_would_break_ivon_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="max_grad_norm=0"):
         trainer(tmp_path, max_grad_norm=1.0).train()
+    copies = trainer(tmp_path)
+    copies.args._n_gpu = 2
+    with pytest.raises(ConfigError, match="2 GPUs are visible to one process"):
+        copies.create_optimizer()
 
 
 def test_another_optimizer_is_refused():

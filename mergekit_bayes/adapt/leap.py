@@ -30,6 +30,7 @@ from mergekit_bayes.adapt.data import Run, batches_of
 from mergekit_bayes.adapt.objective import PARTS, Objective, Terms
 from mergekit_bayes.adapt.teacher import Batch, Teacher
 from mergekit_bayes.optim import IVON
+from mergekit_bayes.optim.rates import step_bound
 from mergekit_bayes.ranks import is_main, mean_over_ranks
 
 logger = logging.getLogger(__name__)
@@ -186,8 +187,15 @@ class LeapGuard(TrainerCallback):  # type: ignore[misc]
                 step,
                 divergence,
                 self._run.config.leap,
-                optimizer.param_groups[0]["lr"],
+                _told_rate(optimizer),
             )
+
+
+def _told_rate(optimizer: Any) -> float:
+    """The learning rate in the unit in which the settings give it."""
+    group = optimizer.param_groups[0]
+    rate = float(group["lr"])
+    return step_bound(group, rate) if "clip_radius" in group else rate
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:

@@ -220,7 +220,8 @@ class AdaptConfig(Config):
         None,
         ge=0,
         description="By default 2e-3 of the typical weight (the RMS of the median weight matrix), "
-        "ten times that for an adapter; for IVON the same divided by its `clip_radius` of 1e-3.",
+        "ten times that for an adapter. For IVON the bound on the change of a weight in one step, "
+        "and at most 0.01.",
     )
     max_steps: int = Field(200, ge=1, description="Number of steps at most.")
     batch_size: int = Field(
@@ -333,7 +334,7 @@ class AdaptReport(Frozen):
         kappa: Weight of one memory observation.
         tau: Weight of the K-prior.
         prior: Its weight-space part: `stored`, `none` or one number, 1/weight^2.
-        learning_rate: Learning rate at the start.
+        learning_rate: Learning rate at the start, in the unit of the settings.
         refused_steps: Steps that were undone because the memory's KL leapt.
         reconstruction_error: Relative squared error of the K-prior's gradient at the end, measured
             on the held-out memory: 0 is exact, and noise can bring it below; None where the

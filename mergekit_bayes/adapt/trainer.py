@@ -108,6 +108,7 @@ class IvonAdaptTrainer(IvonTrainerMixin, AdaptTrainer):
         arguments: Arguments of transformers' Trainer.
     """
 
+    _logs_step_bound = True
     _inputs: dict[str, Tensor]  # of the micro-batch whose loss is computed
 
     def __init__(self, run: Run, objective: Loss, ivon: ForIvon, **arguments: object) -> None:
@@ -160,7 +161,7 @@ def ivon_arguments(run: Run, weights: WeightPart | None) -> dict[str, Any]:
         precision = (term.precision * (units.tau * choices.ess / units.edited)).clamp(min=floor)
         prior[term.parameter] = term.centre, precision.expand_as(term.parameter)
     return {
-        "lr": units.learning_rate,
+        "lr": units.lr,
         "weight_decay": run.training.weight_decay,
         "seed": run.config.seed,
         "prior": prior,

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.optim.rates import rate_from_bound
 from mergekit_bayes.posterior import PosteriorInfo
 
+_CLIP: float = FinetuneConfig.model_fields["clip_radius"].default  # of IVON in an adaptation
 _STEP = 2e-3  # learning rate over the typical weight
 _ADAPTER = 10.0  # an adapter's factors start small, and its rate is this many times as large
 
@@ -26,7 +29,8 @@ class Units:
         base_is_recorded: Whether its posterior or the settings say so; otherwise it is assumed.
         kappa: Weight of one memory observation.
         tau: Weight of the K-prior.
-        learning_rate: At the start.
+        learning_rate: At the start: the largest change of a weight in a step with IVON.
+        lr: The same as the optimizer takes it: for IVON in the published unit.
         steps: Optimizer steps at most.
     """
 
@@ -40,6 +44,7 @@ class Units:
     kappa: float
     tau: float
     learning_rate: float
+    lr: float
     steps: int
 
     @property
@@ -63,7 +68,7 @@ class Units:
             "base": self.base,
             "kappa": self.kappa,
             "tau": self.tau,
-            "lr": self.learning_rate,
+            "lr": self.lr,
             "steps": self.steps,
         }
 
@@ -82,7 +87,7 @@ class Units:
         kappa = f"kappa {self.kappa:.4g}, " if self.memory else ""
         return (
             f"{', '.join(counts)} ({self.unit}s); base {self.base:,.0f} ({source}); "
-            f"{kappa}tau {self.tau:g}, lr {self.learning_rate:.3g}, at most "
+            f"{kappa}tau {self.tau:g}, learning_rate {self.learning_rate:.3g}, at most "
             f"{self.steps:,} steps"
         )
 
@@ -108,9 +113,9 @@ def choose_units(
 ) -> Units:
     """Fill in what the settings leave open.
 
-        N_0    recorded by the posterior, else base_multiple (N_r + N_a)
-        kappa  N_0 / |M|
-        lr     2e-3 of the median RMS of the weight matrices; ten times that for an adapter
+        N_0            recorded by the posterior, else base_multiple (N_r + N_a)
+        kappa          N_0 / |M|
+        learning_rate  2e-3 of the median RMS of the weight matrices; ten times that for an adapter
 
     Args:
         config: The settings.
@@ -140,6 +145,7 @@ def choose_units(
     if base is None:
         base = config.base_multiple * (removed + added)
     memory = counts.get("memory", 0)
+    rate = _learning_rate(config, loaded)
     kappa = config.kappa
     if kappa is None:
         kappa = base / memory if memory else 0.0
@@ -153,9 +159,17 @@ def choose_units(
         base_is_recorded=is_recorded,
         kappa=kappa,
         tau=config.tau,
-        learning_rate=_learning_rate(config, loaded),
+        learning_rate=rate,
+        lr=_optimizer_rate(config, rate),
         steps=config.max_steps,
     )
+
+
+def _optimizer_rate(config: AdaptConfig, rate: float) -> float:
+    """The rate as the optimizer takes it; one that was chosen has the bits of earlier versions."""
+    if config.optimizer != "ivon":
+        return rate
+    return rate / _CLIP if config.learning_rate is None else rate_from_bound(rate, _CLIP)
 
 
 def _learning_rate(config: AdaptConfig, loaded: Loaded) -> float:
@@ -170,6 +184,4 @@ def _learning_rate(config: AdaptConfig, loaded: Loaded) -> float:
     )
     if not sizes:
         raise ConfigError("learning_rate: the model has no weights to tell one from. Give it.")
-    rate = _STEP * sizes[len(sizes) // 2] * (_ADAPTER if config.lora is not None else 1)
-    # IVON's steps are bounded by its clip radius times the learning rate.
-    return rate / 1e-3 if config.optimizer == "ivon" else rate
+    return _STEP * sizes[len(sizes) // 2] * (_ADAPTER if config.lora is not None else 1)

@@ -25,6 +25,7 @@ from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted,
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.documents import DocumentError, read_mapping, read_record
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.finetune.rates import in_present_unit
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.libraries import call
 from mergekit_bayes.posterior import Identity
@@ -293,7 +294,7 @@ def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]
     Raises:
         ConfigError: Names every setting in which the checkpoint differs from this run.
     """
-    stored = checkpoint.settings
+    stored = in_present_unit(checkpoint.settings)
     lines = []
     for name in sorted(set(stored) | set(identity)):
         if stored.get(name) != identity.get(name):

@@ -11,33 +11,12 @@ from typing import Literal
 
 import torch
 
+from mergekit_bayes.finetune.rates import learning_rate, optimizer_rate
 from mergekit_bayes.finetune.settings import FinetuneConfig
-from mergekit_bayes.lora import INITIAL_A, initial_identity
+from mergekit_bayes.lora import INITIAL_A
 from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.load import UNIT, Loaded
-
-# Standard deviation at the start, as a share of the typical weight, where `ess` is left out.
-_START_NOISE = 0.05
-
-
-@dataclass(frozen=True)
-class IvonChoices:
-    """Arguments of `IVON` besides the learning rate, the weight decay and the seed.
-
-    The names are those of `IVON` and `FinetuneConfig`, where they are documented.
-    """
-
-    ess: float
-    hess_init: float
-    beta1: float
-    beta2: float
-    clip_radius: float
-    rescale_lr: bool
-    mc_samples: int
-    antithetic: bool
-    rank_noise: bool
-    curvature: Literal["price", "ggn"]
-    curvature_every: int
+from mergekit_bayes.trainer.choices import IvonChoices, choose_ivon, initial_a
 
 
 @dataclass(frozen=True)
@@ -46,7 +25,8 @@ class Choices:
 
     Attributes:
         optimizer: `ivon` or `adamw`.
-        lr: Learning rate at the start.
+        learning_rate: At the start: the largest change of a weight in a step with IVON.
+        lr: The same as the optimizer takes it: for IVON in the published unit.
         weight_decay: Prior precision over `ess` for IVON; decoupled weight decay for AdamW.
         scheduler: Learning-rate schedule, by its name in transformers.
         steps: Optimizer steps of the whole run; the last step of an epoch may be smaller.
@@ -58,6 +38,7 @@ class Choices:
     """
 
     optimizer: Literal["ivon", "adamw"]
+    learning_rate: float
     lr: float
     weight_decay: float
     scheduler: str
@@ -72,6 +53,7 @@ class Choices:
         """The choices under the names by which posteriors and checkpoints store them."""
         fields: dict[str, str | float] = {
             "optimizer": self.optimizer,
+            "learning_rate": self.learning_rate,
             "lr": self.lr,
             "weight_decay": self.weight_decay,
             "scheduler": self.scheduler,
@@ -103,11 +85,12 @@ class Choices:
             unit: Name of one observation, `token` or `example`.
         """
         steps = f"{self.steps:,} step{'s' * (self.steps != 1)}"
-        line = (
-            f"{steps} of {self.batch_size:,.0f} {unit}s, {self.optimizer}: "
-            f"lr {self.lr:g}, weight_decay {self.weight_decay:g}"
-        )
         ivon = self.ivon
+        meaning = f" (bound of a weight's change a step; lr {self.lr:g})" if ivon else ""
+        line = (
+            f"{steps} of {self.batch_size:,.0f} {unit}s, {self.optimizer}: learning_rate "
+            f"{self.learning_rate:g}{meaning}, weight_decay {self.weight_decay:g}"
+        )
         if ivon is None:
             return line
         line += f", clip_radius {ivon.clip_radius:g}, ess {ivon.ess:.3g}, beta2 {ivon.beta2:.6g}"
@@ -135,25 +118,19 @@ def choose(
     total = observations(examples, loaded.task)
     return Choices(
         optimizer=config.optimizer,
-        lr=learning_rate(config),
+        learning_rate=learning_rate(config),
+        lr=optimizer_rate(config),
         weight_decay=config.weight_decay,
         scheduler=config.scheduler,
         steps=steps,
         batch_size=total / len(examples) * examples_per_step,
         processes=processes,
         loss_reduction=f"mean over {UNIT[loaded.task]}s of a step",
-        initial_a=None if config.lora is None else _initial_a(loaded.model),
+        initial_a=None if config.lora is None else initial_a(loaded.model),
         ivon=ivon_choices(config, loaded.model, total, steps)
         if config.optimizer == "ivon"
         else None,
     )
-
-
-def learning_rate(config: FinetuneConfig) -> float:
-    """The learning rate at the start: the setting, or the default for optimizer and adapter."""
-    if config.learning_rate is not None:
-        return config.learning_rate
-    return (0.1 if config.optimizer == "ivon" else 1e-4) * (1 if config.lora is None else 10)
 
 
 def ivon_choices(
@@ -167,46 +144,5 @@ def ivon_choices(
         total: Observations of the data.
         steps: Optimizer steps of the whole run.
     """
-    ggn = config.curvature == "ggn"
-    # The least curvature that an entry can start from. Under `ggn` an entry that no output depends
-    # on keeps it.
-    floor = config.weight_decay if ggn else config.hess_init
-    # The Hessian remembers a fifth of the run.
-    forgetting = 5 * (config.curvature_every if ggn else 1) / steps
-    beta2 = min(0.99999, max(0.5 if ggn else 0.9, 1 - forgetting))
-    return IvonChoices(
-        ess=config.ess or max(float(total), _quiet_ess(model, floor)),
-        hess_init=config.hess_init,
-        beta1=config.beta1,
-        beta2=beta2 if config.beta2 is None else config.beta2,
-        clip_radius=config.clip_radius,
-        rescale_lr=config.rescale_lr,
-        mc_samples=max(2, config.mc_samples) if config.antithetic else config.mc_samples,
-        antithetic=config.antithetic,
-        rank_noise=config.rank_noise,
-        curvature=config.curvature,
-        curvature_every=config.curvature_every,
-    )
-
-
-def _quiet_ess(model: torch.nn.Module, curvature: float) -> float:
-    """The ess at which the first noise is `_START_NOISE` of the median matrix's RMS."""
-    sizes = [
-        float(p.detach().float().square().mean().sqrt())
-        for p in model.parameters()
-        if p.requires_grad and p.ndim > 1
-    ]
-    nonzero = sorted(size for size in sizes if size > 0)
-    if not nonzero:
-        return 0.0
-    median = nonzero[len(nonzero) // 2]
-    return float(1 / (curvature * (_START_NOISE * median) ** 2))
-
-
-def _initial_a(model: torch.nn.Module) -> str:
-    factors = {
-        name: parameter.detach().float().cpu().numpy()
-        for name, parameter in model.named_parameters()
-        if ".lora_A." in name
-    }
-    return initial_identity(factors)
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(IvonChoices)}
+    return choose_ivon(model, total, steps, weight_decay=config.weight_decay, **given)

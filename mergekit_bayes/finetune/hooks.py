@@ -20,6 +20,8 @@ from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 class IvonTrainer(IvonTrainerMixin, Trainer):  # type: ignore[misc]
     """The Trainer with IVON, whose log holds the posterior's health beside the loss."""
 
+    _logs_step_bound = True
+
     def __init__(self, run: Run, **arguments: object) -> None:
         self._step_observations = run.choices.batch_size
         self._logged = LOGGED[run.config.curvature]

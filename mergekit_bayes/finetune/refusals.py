@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_bayes.errors import ConfigError, did_you_mean
+from mergekit_bayes.finetune.rates import refuse_rate
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.load import Loaded, other_head
 
@@ -39,10 +40,12 @@ def refuse_before(config: FinetuneConfig) -> None:
     """Refuse settings and launchers, before anything is loaded.
 
     Raises:
-        ConfigError: Settings that contradict each other, an unknown scheduler, or something that
-            the launcher has switched on and a fine-tune cannot do.
+        ConfigError: Settings that contradict each other, an unknown scheduler, a learning rate in
+            IVON's own unit, or something that the launcher has switched on and a fine-tune cannot
+            do.
     """
     _refuse_settings(config)
+    refuse_rate(config)
     refuse_launcher(config)
 
 

@@ -61,8 +61,8 @@ class FinetuneConfig(Config):
     learning_rate: float | None = Field(
         None,
         ge=0,
-        description="By default 0.1 for IVON (with `clip_radius` 1e-3 no weight moves further than "
-        "1e-4 a step) and 1e-4 for AdamW; ten times that for an adapter.",
+        description="By default 1e-4, and 1e-3 for an adapter. For IVON the bound on the change of "
+        "a weight in one step, its `lr` times `clip_radius`, and at most 0.01.",
     )
     ess: float | None = Field(
         None,
@@ -89,11 +89,15 @@ class FinetuneConfig(Config):
         "weight decay, which is no Gaussian prior.",
     )
     clip_radius: float = Field(
-        1e-3, gt=0, description="Bound on each entry of IVON's preconditioned direction."
+        1e-3,
+        gt=0,
+        description="Bound on each entry of IVON's preconditioned direction: a weight whose entry "
+        "reaches it moves by all of `learning_rate`, another one by less.",
     )
     rescale_lr: bool = Field(
         False,
-        description="Multiply IVON's learning rate by `hess_init + weight_decay`, as published.",
+        description="IVON multiplies its `lr` by `hess_init + weight_decay`, as published. The "
+        "steps stay the same, because `learning_rate` bounds them: only `lr` in the record grows.",
     )
     mc_samples: int = Field(
         1, ge=1, description="Weight samples a step, each a forward and a backward pass."

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.finetune.choices import learning_rate
 from mergekit_bayes.finetune.data import Run
+from mergekit_bayes.finetune.rates import learning_rate
 from mergekit_bayes.finetune.refusals import refuse_accelerator
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.encode import Collate

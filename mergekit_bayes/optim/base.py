@@ -140,6 +140,11 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 self._transient.forget_step()
             raise
 
+    @property
+    def has_prior(self) -> bool:
+        """Whether a prior was given by `prior`, besides `weight_decay`."""
+        return bool(self._prior)
+
     def forget_samples(self) -> None:
         """Forget the samples since the last step, so that the next `step` changes nothing."""
         self._transient.forget_step()

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mergekit_bayes.curvature.ggn import random_root
 from mergekit_bayes.curvature.outputs import SEQUENCE, likelihood, loss_name, scored_logits
-from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.heads import Likelihood
 from mergekit_bayes.optim import IVON
+from mergekit_bayes.optim.rates import step_bound
+from mergekit_bayes.trainer.logits import draw_root
 from mergekit_bayes.trainer.losses import (
     classification_loss,
     is_causal,
@@ -75,6 +75,7 @@ class IvonTrainerMixin:
     _random: tuple[Tensor, Tensor | None]  # states of the generators before the last sample
     _collected: list[dict[str, Tensor]]  # micro-batches of the step that have come
     _observed: int | None = None  # index of the micro-batch whose curvature is due
+    _logs_step_bound = False  # whether logs hold lr * clip_radius as the learning rate, or lr
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Make IVON with one parameter group.
@@ -92,6 +93,12 @@ class IvonTrainerMixin:
             raise ConfigError(
                 "IVON does not work with the fp16 gradient scaler. Use bf16 instead of fp16."
             )
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"{self.args.n_gpu} GPUs are visible to one process: the Trainer would copy the "
+                "model to each, and the copies would not see IVON's samples. Start a process for "
+                "each (accelerate launch, torchrun), or show one (CUDA_VISIBLE_DEVICES=0)."
+            )
         if self.args.load_best_model_at_end and self.args.save_only_model:
             raise ConfigError(
                 "load_best_model_at_end with save_only_model: the best checkpoint would have "
@@ -103,6 +110,15 @@ class IvonTrainerMixin:
             trainable = [p for p in model.parameters() if p.requires_grad]
             self.optimizer = optimizer_class(trainable, **arguments)
         return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """The learning rate for the log, in the unit in which it was given."""
+        rate: float = super()._get_learning_rate()  # type: ignore[misc]
+        return (
+            step_bound(unwrap(self.optimizer).param_groups[0], rate)
+            if self._logs_step_bound
+            else rate
+        )
 
     def train(self, *args: object, **kwargs: object) -> "TrainOutput":
         """Train. Micro-batches that an interrupted step left are dropped first."""
@@ -228,10 +244,8 @@ class IvonTrainerMixin:
 
     def _root(self, scored: Tensor, of_loss: Likelihood, index: int) -> Tensor:
         """One random root of the Hessian in the scored logits, drawn for this micro-batch."""
-        group = unwrap(self.optimizer).param_groups[0]
-        seed = mix(group["seed"], group["steps"], index, self.accelerator.process_index, 1)
-        signs = torch.Generator(scored.device).manual_seed(seed)
-        return random_root(scored.detach(), of_loss, signs)
+        optimizer, rank = unwrap(self.optimizer), self.accelerator.process_index
+        return draw_root(optimizer, scored, of_loss, index, rank)
 
 
 def _logits(outputs: object) -> Tensor | None:

@@ -34,7 +34,7 @@ def finetune(seed: int, folder: Path) -> Records:
     }
     rates = {  # whether the difference is one of the rate
         "AdamW, rate x 3": {"optimizer": "adamw", "learning_rate": 3e-4},
-        "IVON ggn, our defaults, rate / 3": {"curvature": "ggn", "learning_rate": 0.1 / 3},
+        "IVON ggn, our defaults, rate / 3": {"curvature": "ggn", "learning_rate": 1e-4 / 3},
     }
     records = []
     for task, (start, data, test, more) in tuning_tasks(seed, folder).items():
@@ -74,7 +74,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "AdamW": {"learning_rate": [1e-5, 1e-4, 1e-3, 1e-2]},
     "price": {
         "": [None],
-        "learning_rate": [0.01, 1.0, 10.0, 100.0],
+        "learning_rate": [1e-5, 1e-3, 1e-2],
         "ess": [1e4, 1e5, 1e6, 1e7, 1e9, 1e10],
         "hess_init at ess 1e7": [1e-4, 1e-3, 0.1, 1.0],
         "beta2": [0.9, 0.99, 0.999, 0.99999],
@@ -82,7 +82,7 @@ WRONG: dict[str, dict[str, Any]] = {
     },
     "ggn": {
         "curvature_every": [8, 1],
-        "learning_rate": [1.0],
+        "learning_rate": [1e-3],
         "ess": [1e6, 1e14],
         "weight_decay": [1e-4, 1e-9],
     },
@@ -91,7 +91,7 @@ WRONG_LORA: dict[str, dict[str, Any]] = {
     "AdamW": {"learning_rate": [1e-4, 1e-3, 1e-2]},
     "price": {
         "": [None],
-        "learning_rate": [0.03, 0.1, 0.3, 3.0],
+        "learning_rate": [3e-5, 1e-4, 3e-4, 3e-3],
         "ess": [1e4, 1e5, 1e6, 1e8],
         "hess_init at ess 1e7": [1e-3],
         "beta2": [0.99999],

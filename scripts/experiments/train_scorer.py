@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a training row")
     parser.add_argument("--optimizer", choices=("adamw", "ivon"), default="adamw")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate; 0.2 for ivon")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     parser.add_argument("--test-rows", type=int, help="of each side of a set; by default all")
