@@ -2,6 +2,7 @@
 
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.models import examples
+from mergekit_bayes.models.columns import Columns
 from mergekit_bayes.models.load import Loaded
 
 
@@ -24,7 +25,7 @@ def read_examples(
     return examples.read_examples(
         rows.data,
         loaded,
-        text=config.text_column,
+        columns=Columns(text=config.text_column),
         label=label,
         where=rows.where,
         max_rows=config.max_rows,

@@ -12,15 +12,25 @@ from transformers.trainer_callback import ProgressCallback
 
 from mergekit_bayes.finetune.checkpoints import mark_whole
 from mergekit_bayes.finetune.data import Run
+from mergekit_bayes.finetune.evaluation import LOSS, Evaluated
 from mergekit_bayes.finetune.health import LOGGED, HealthMonitor
 from mergekit_bayes.ranks import mean_over_ranks
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 
 
-class IvonTrainer(IvonTrainerMixin, Trainer):  # type: ignore[misc]
+class PlainTrainer(Evaluated, Trainer):  # type: ignore[misc]
+    """The Trainer with AdamW."""
+
+    def __init__(self, run: Run, **arguments: object) -> None:
+        self.run = run
+        super().__init__(**arguments)
+
+
+class IvonTrainer(Evaluated, IvonTrainerMixin, Trainer):  # type: ignore[misc]
     """The Trainer with IVON, whose log holds the posterior's health beside the loss."""
 
     def __init__(self, run: Run, **arguments: object) -> None:
+        self.run = run
         self._step_observations = run.choices.batch_size
         self._logged = LOGGED[run.config.curvature]
         self._monitor = HealthMonitor(run.config)
@@ -85,11 +95,19 @@ class ProgressBar(ProgressCallback):  # type: ignore[misc]
         logs: Mapping[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Print loss, learning rate and health above the bar."""
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+        """Print loss, learning rate and health, or a held-out loss, above the bar."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        if LOSS in logs:
+            line = f"step {state.global_step}/{state.max_steps}  held out:"
+            for name in (LOSS, "eval_perplexity", "eval_accuracy"):
+                if name in logs:
+                    line += f"  {name.removeprefix('eval_')} {float(logs[name]):.4g}"
+            self.say(line)
+        if "loss" not in logs:
             return
         line = f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4g}"
-        for name in ("learning_rate", *LOGGED["price"]):
+        for name in ("learning_rate", "grad_norm", *LOGGED["price"]):
             if name in logs:
                 line += f"  {name} {float(logs[name]):.3g}"
         self.say(line)

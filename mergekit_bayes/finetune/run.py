@@ -63,7 +63,9 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         trainer = make_trainer(run, arguments, quiet=quiet, loss_before=loss_before)
         is_ivon = run.choices.ivon is not None
-        trained = train(trainer, checkpoint, run.choices.steps, is_ivon=is_ivon)
+        patience = config.patience
+        steps = run.choices.steps
+        trained = train(trainer, checkpoint, steps, is_ivon=is_ivon, patience=patience)
         optimizer = unwrap(trainer.optimizer) if is_ivon else None
         return on_main(lambda: _store(run, optimizer, trained, folder))
 
@@ -74,4 +76,6 @@ def _store(run: Run, optimizer: IVON | None, trained: Trained, folder: Path) -> 
     if has_folder(run.config):
         keep = run.config.keep_checkpoints or run.config.save_steps is None
         close_checkpoints(folder, keep=keep)
-    return report
+    return report.model_copy(
+        update={"evaluation": dict(trained.evaluation), "best_step": trained.best_step}
+    )
