@@ -155,7 +155,7 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
             {"text": texts},
             loaded,
             max_length=config.max_length,
-            pack=config.pack,
+            pack=config.pack == "joined",
             source="memory_self_generated",
         )
     training, held_out = _split(examples, config)

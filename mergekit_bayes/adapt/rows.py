@@ -30,5 +30,5 @@ def read_examples(
         where=rows.where,
         max_rows=config.max_rows,
         max_length=config.max_length,
-        pack=config.pack,
+        pack=config.pack == "joined",
     )

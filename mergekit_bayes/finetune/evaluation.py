@@ -5,7 +5,7 @@ store: a resumed run decides what one that was never stopped does.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,7 +57,7 @@ class Evaluated:
             Collate(self.run.loaded.pad),
             self.run.config.batch_size,
             device=self.args.device,
-            autocast=self.accelerator.autocast(),
+            autocast=self.accelerator.autocast,
             is_classifier=self.run.loaded.task == "classification",
         )
         metrics = {_PREFIX + name: value for name, value in found.items()}
@@ -76,7 +76,7 @@ def measure(
     batch_size: int,
     *,
     device: torch.device | str = "cpu",
-    autocast: AbstractContextManager[object] | None = None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     is_classifier: bool = False,
 ) -> dict[str, float]:
     """Mean loss over all scored tokens, or rows of a classifier, in eval mode.
@@ -89,7 +89,7 @@ def measure(
         collate: Makes their batches.
         batch_size: Rows of a batch.
         device: Where the batches go.
-        autocast: Context of the forward passes.
+        autocast: Makes the context of a forward pass.
         is_classifier: Whether rows have one label each.
 
     Returns:
@@ -106,7 +106,7 @@ def measure(
             rows = collate(examples[start : start + batch_size])
             batch = {name: tensor.to(device) for name, tensor in rows.items()}
             labels = batch.pop("labels")
-            with autocast or nullcontext():
+            with autocast():
                 logits = model(**batch).logits
             if place >= len(starts):
                 continue

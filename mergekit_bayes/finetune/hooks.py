@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -34,14 +35,29 @@ class IvonTrainer(Evaluated, IvonTrainerMixin, Trainer):  # type: ignore[misc]
         self._step_observations = run.choices.batch_size
         self._logged = LOGGED[run.config.curvature]
         self._monitor = HealthMonitor(run.config)
+        self._gradient_norm = 0.0
         super().__init__(**arguments)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As the mixin's; the norm of the gradient is kept for the log of the step."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        is_logged = (self.state.global_step + 1) % self.args.logging_steps == 0
+        if is_logged and self.accelerator.sync_gradients:
+            self._gradient_norm = unwrap(self.optimizer).gradient_norm()
+        return loss
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Add the health numbers to the log of a step, and warn of problems."""
         if "loss" in logs:
             health = unwrap(self.optimizer).health(self._step_observations)
             self._monitor.warn(health)
-            logs = {**logs, **{name: health[name] for name in self._logged}}
+            norm = {"grad_norm": self._gradient_norm}
+            logs = {**logs, **norm, **{name: health[name] for name in self._logged}}
         super().log(logs, *args, **kwargs)
 
 

@@ -1,9 +1,9 @@
 """Settings of `bmerge finetune`, and its report."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.columns import (
@@ -15,6 +15,20 @@ from mergekit_bayes.models.columns import (
 )
 from mergekit_bayes.models.load import Task
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
+
+
+def say_what_pack_was(value: object) -> object:
+    """Refuse `pack: true` of earlier configs, which does not say how rows are packed.
+
+    Raises:
+        ValueError: It is true.
+    """
+    if value is True:
+        raise ValueError(
+            "true is not said any more. Write joined for what it was: rows joined by EOS, each of "
+            "which sees those before it. In a fine-tune, documents keeps rows apart."
+        )
+    return value
 
 
 class LoraSettings(Config):
@@ -81,11 +95,13 @@ class FinetuneConfig(Config):
     max_length: int = Field(
         512, ge=2, description="Tokens of a row at most; no more than the model's context."
     )
-    pack: Literal[False, "documents", "joined"] = Field(
-        False,
-        description="Language models: instead of one row an example, `documents` puts several into "
-        "`max_length` tokens and keeps them apart, with the loss of unpacked rows; `joined` joins "
-        "texts by EOS and cuts blocks, in which a text sees those before it.",
+    pack: Annotated[Literal[False, "documents", "joined"], BeforeValidator(say_what_pack_was)] = (
+        Field(
+            False,
+            description="Language models: instead of one row an example, `documents` puts several "
+            "into `max_length` tokens and keeps them apart, with the loss of unpacked rows; "
+            "`joined` joins texts by EOS and cuts blocks, in which a text sees those before it.",
+        )
     )
     eval_data: str | tuple[str, ...] | None = Field(
         None,
@@ -237,16 +253,6 @@ class FinetuneConfig(Config):
     )
     trust_remote_code: TrustRemoteCode = False
     force: Force = False
-
-    @field_validator("pack", mode="before")
-    @classmethod
-    def _say_what_pack_was(cls, value: object) -> object:
-        if value is True:
-            raise ValueError(
-                "true is not said any more. Write pack: documents, which keeps rows apart, or "
-                "pack: joined for what true was: rows joined by EOS, that see those before them."
-            )
-        return value
 
     @property
     def sources(self) -> tuple[DataSource, ...]:

@@ -74,7 +74,7 @@ def load_rows(
             can load, or Hub data sets (their `train` split). A file named twice counts twice.
         where: Keeps the rows whose columns equal these values, or are in a list of them.
         max_rows: Keeps at most this many rows, from the front.
-        columns: As `Wanted` has it for each source, with `text` and `label`.
+        columns: As `Wanted` has it for each source, as the next two.
         text: Likewise.
         label: Likewise.
 
@@ -84,8 +84,7 @@ def load_rows(
     Raises:
         CheckpointError: A file cannot be read.
         ConfigError: No data is named.
-        MismatchError: A column is missing, a text is not text, a label is no label, or no row is
-            left.
+        MismatchError: A column or every row is missing, or a text or a label is none.
     """
     from datasets import concatenate_datasets
 

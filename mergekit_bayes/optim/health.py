@@ -1,12 +1,15 @@
 """Numbers that tell how much a posterior can be trusted."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local
 from mergekit_bayes.optim.state import ParameterState
 
@@ -59,6 +62,30 @@ def posterior_health(entries: Iterable[Entry], beta2: float, sharded: bool) -> d
         "bad_entries": float(bad),
         "sigma_over_rms": sorted(ratios)[len(ratios) // 2] if ratios else 0.0,
     }
+
+
+def gradient_norm(sampled: Mapping[Tensor, Sampled], sharded: bool) -> float:
+    """Norm of the mean gradient over the samples since the last step.
+
+    Args:
+        sampled: Sums over the samples by parameter.
+        sharded: Whether any parameter is sharded; then this is a collective over all ranks.
+    """
+    total = 0.0
+    for parameter, sums in sampled.items():
+        square = float(sums.grad.float().square().sum()) / max(1, sums.draws) ** 2
+        if sharded and not isinstance(parameter, DTensor):  # every rank has the whole
+            square /= dist.get_world_size()
+        total += square
+    if sharded:
+        total = sum(_of_all_ranks(total))
+    return math.sqrt(total)
+
+
+def _of_all_ranks(value: float) -> list[float]:
+    values: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def curvature_noise(states: Iterable[tuple[ParameterState, float]]) -> float:
