@@ -80,7 +80,7 @@ def test_what_a_fine_tune_can_set_too_reaches_its_machinery():
     training = data.training_config(config)
     for name in given:
         assert getattr(training, name) == getattr(config, name), name
-    assert training.data == ("a",)
+    assert training.paths == ("a",)
 
 
 @pytest.mark.parametrize(

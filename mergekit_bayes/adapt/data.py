@@ -118,7 +118,6 @@ def training_config(config: AdaptConfig) -> FinetuneConfig:
         "data": sources(config),
         "weight_decay": 1e-6 if config.optimizer == "ivon" else 0.0,
         "scheduler": "constant",
-        "pack": False,  # its rows are encoded before
     }
     return FinetuneConfig.model_validate(settings)
 

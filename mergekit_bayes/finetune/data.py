@@ -178,8 +178,9 @@ def _load_model(config: FinetuneConfig) -> Loaded:
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
         )
-    paths = [source.path for source in config.sources]
-    rows = load_rows(paths, where=config.where, max_rows=config.max_rows, label=config.label_column)
+    rows = load_rows(
+        config.paths, where=config.where, max_rows=config.max_rows, label=config.label_column
+    )
     labels = sorted(set(rows[config.label_column]), key=lambda label: (str(type(label)), label))
     are_names = not all(isinstance(label, int) for label in labels)
     if not are_names and max(labels) >= _CLASSES:
@@ -245,7 +246,7 @@ def _read_examples(config: FinetuneConfig, loaded: Loaded) -> Encoded:
     if config.pack and loaded.task == "classification":
         raise ConfigError("pack is for language models. Leave it out, to train a classifier.")
     read = read_examples(
-        [source.path for source in config.sources],
+        config.paths,
         loaded,
         columns=config.columns,
         label=_label(config, loaded),
@@ -253,7 +254,7 @@ def _read_examples(config: FinetuneConfig, loaded: Loaded) -> Encoded:
         max_rows=config.max_rows,
         max_length=config.max_length,
         pack=config.pack == "joined",
-        weights=Weights([source.weight for source in config.sources], config.seed),
+        weights=Weights([source.weight for source in config.data], config.seed),
     )
     return read._replace(examples=_packed(config, loaded, read.examples))
 

@@ -74,8 +74,7 @@ def refuse_output(config: FinetuneConfig) -> None:
         raise CheckpointError(
             f"'{target}' exists. Choose another output, or pass --force to replace it."
         )
-    data = [source.path for source in config.sources]
-    refuse_inputs(target, [config.model, *data, *config.eval_sources])
+    refuse_inputs(target, [config.model, *config.paths, *config.eval_sources])
 
 
 def open_output(config: FinetuneConfig, held: ExitStack) -> Checkpoint | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.columns import (
@@ -54,6 +54,16 @@ class DataSource(Config):
         "ones in each pass. A row counts as often in the posterior.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_alone(cls, values: Any) -> Any:
+        """The name of a source alone stands for one that is drawn once."""
+        return {"path": str(values)} if isinstance(values, (str, Path)) else values
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, str | float]:
+        return self.path if self.weight == 1 else {"path": self.path, "weight": self.weight}
+
 
 class FinetuneConfig(Config):
     """Settings of one fine-tune: the YAML keys of `bmerge finetune`.
@@ -64,9 +74,10 @@ class FinetuneConfig(Config):
 
     model: str = Field(description="Model to train: a folder or Hub id.")
     output: str = Field(description="Folder to write.")
-    data: str | DataSource | tuple[str | DataSource, ...] = Field(
+    data: tuple[DataSource, ...] = Field(
+        min_length=1,
         description="Rows: a file, folder or Hub data set, or a list of them, each of which may be "
-        "`{path: ..., weight: ...}`."
+        "`{path: ..., weight: ...}`.",
     )
     where: dict[str, Any] | None = Field(
         None, description="Keep only the rows with these values, `{column: value}`."
@@ -255,12 +266,9 @@ class FinetuneConfig(Config):
     force: Force = False
 
     @property
-    def sources(self) -> tuple[DataSource, ...]:
-        """The sources of the training data with their weights."""
-        given = self.data if isinstance(self.data, tuple) else (self.data,)
-        return tuple(
-            s if isinstance(s, DataSource) else DataSource(path=s, weight=1.0) for s in given
-        )
+    def paths(self) -> tuple[str, ...]:
+        """Where the training data come from."""
+        return tuple(source.path for source in self.data)
 
     @property
     def eval_sources(self) -> tuple[str, ...]:
