@@ -10,13 +10,7 @@ from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.libraries import call, reason
 from mergekit_bayes.models.cells import CONVERSATIONS, check_labels, check_texts
-from mergekit_bayes.models.data_files import (
-    CARDS,
-    LOADERS,
-    entry_of_card,
-    files_of,
-    one_file,
-)
+from mergekit_bayes.models.data_files import CARDS, LOADERS, entry_of_card, files_of, one_file
 from mergekit_bayes.models.quiet import logged_from
 
 if TYPE_CHECKING:
