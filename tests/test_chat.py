@@ -61,6 +61,8 @@ def test_the_assistants_turns_are_scored_and_no_other_token(tmp_path, llama, tem
         "<|system|> nice </s> <|user|> a </s> <|assistant|> FUN </S> <|user|> the </s>"
     )
     assert observations(read_rows.examples, "causal-lm") == 5 + 2
+    (greeting,) = read(tmp_path, llama, {"messages": TWO[1:3]}).examples
+    assert words(llama, greeting) == "<|assistant|> SAT ON </S> <|user|> a dog </s>"
     batch = Collate(llama.pad)(read_rows.examples)
     assert int((batch["labels"] != IGNORED).sum()) == 7
 

@@ -8,6 +8,7 @@ on kappa and on how much of `hess_init` is left, which the run's health numbers 
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
@@ -72,6 +73,8 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
 
 def _store(run: Run, optimizer: IVON | None, trained: Trained, folder: Path) -> FinetuneReport:
     """Store the model with the logs of its training, and then clean up beside it."""
+    made = trained.steps if trained.best_step is None else trained.best_step
+    run = replace(run, choices=replace(run.choices, steps=made))  # for the posterior's record
     report = save_finetuned(run, optimizer, trained.steps, trained.loss, folder)
     if has_folder(run.config):
         keep = run.config.keep_checkpoints or run.config.save_steps is None

@@ -116,8 +116,8 @@ class FinetuneConfig(Config):
     )
     eval_data: str | tuple[str, ...] | None = Field(
         None,
-        description="Held-out rows, read like `data`: their loss and perplexity, or accuracy, is "
-        "logged during training.",
+        description="Held-out rows, read like `data` and without `max_rows`: their loss and "
+        "perplexity, or accuracy, are logged during training.",
     )
     eval_steps: int | None = Field(
         None,

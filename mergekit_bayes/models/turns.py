@@ -122,12 +122,22 @@ def _by_prefixes(chat: Conversation, render: Callable[..., tuple[str, Any]]) -> 
     turns: list[Scored] = []
     for i in range(chat.scored_from, len(chat.messages)):
         if chat.messages[i]["role"] == _ASSISTANT:
-            before, after = render(i, is_prompt=True)[0] if i else "", render(i + 1)[0]
-            before = _beginning(before, after, chat)
+            after, _ = render(i + 1)
+            before = _beginning(_before(i, render), after, chat)
             turns.append(Scored(after, [(len(before), len(after))]))
     if all(text.startswith(turn.text) for turn in turns):
         return [Scored(text, [span for turn in turns for span in turn.spans])]
     return turns
+
+
+def _before(count: int, render: Callable[..., tuple[str, Any]]) -> str:
+    """The text that the assistant answers; before a first message some templates have none."""
+    try:
+        return render(count, is_prompt=True)[0]
+    except CheckpointError:
+        if count:
+            raise
+        return ""
 
 
 def _beginning(before: str, text: str, chat: Conversation) -> str:
