@@ -222,13 +222,17 @@ def test_a_step_of_packed_rows_has_the_loss_of_unpacked_ones(world):
     assert packed.loss == pytest.approx(apart.loss, rel=1e-5)
 
 
-def test_activations_that_are_computed_again_change_nothing(world, tmp_path):
+def test_activations_that_are_computed_again_change_nothing(world, tmp_path, monkeypatch):
     """The backward pass of the curvature goes through them, too."""
     common = "curvature_every=1", "max_steps=2", "ess=1e4", "posterior=ivon", "eval_data=null"
     common = *common, "load_best=false", "patience=null", "save_steps=null"
+    mlp, calls = transformers.models.llama.modeling_llama.LlamaMLP, []
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda *a: calls.append(name) or forward(*a))
     for name in ("true", "false"):
         run_finetune(world(name, *common, f"gradient_checkpointing={name}"), quiet=True)
     assert contents(tmp_path / "true") == contents(tmp_path / "false")
+    assert calls.count("true") > 1.5 * calls.count("false")
 
 
 def test_an_attention_is_used_or_refused_by_name(world):

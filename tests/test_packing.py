@@ -60,7 +60,12 @@ def test_packed_documents_have_the_loss_and_gradient_of_unpacked_ones(loaded):
     assert loss == pytest.approx(expected, rel=1e-5)
     for ours, theirs in zip(gradient, expected_gradient, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+    for module in loaded.model.modules():
+        if isinstance(module, torch.nn.Dropout):  # as of an adapter, which is in training mode
+            module.p = 0.5
+    loaded.model.train()
     refuse_leaks(loaded)
+    assert loaded.model.training
 
 
 def test_a_model_that_lets_documents_see_each_other_is_refused(loaded):

@@ -19,6 +19,7 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune.checkpoints import Checkpoint
 from mergekit_bayes.finetune.data import Run
 from mergekit_bayes.models.encode import Collate, Example
+from mergekit_bayes.models.modes import evaluating
 from mergekit_bayes.ranks import mean_over_ranks, own_number, world
 
 if TYPE_CHECKING:
@@ -96,10 +97,8 @@ def measure(
         `loss` in nats, and `perplexity` or `accuracy`, the share of rows.
     """
     starts = range(0, len(examples), batch_size)
-    was_training = model.training
-    model.eval()
     total, hits, count = 0.0, 0.0, 0.0
-    try:
+    with evaluating(model):
         for first in range(0, len(starts), world()):
             place = first + own_number()
             start = starts[place] if place < len(starts) else 0  # of a batch that is not counted
@@ -117,8 +116,6 @@ def measure(
             total += float(torch.nn.functional.cross_entropy(scored, targets, reduction="sum"))
             count += len(targets)
             hits += float((scored.argmax(-1) == targets).sum())
-    finally:
-        model.train(was_training)
     total, hits, count = (mean_over_ranks(value) * world() for value in (total, hits, count))
     loss = total / count
     if is_classifier:

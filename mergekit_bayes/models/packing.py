@@ -16,6 +16,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.libraries import call, embedding_rows
 from mergekit_bayes.models.encode import IGNORED, Example
 from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.modes import evaluating
 
 _TRIED = 6  # tokens of each document that a model is tried on
 
@@ -77,11 +78,12 @@ def refuse_leaks(loaded: Loaded) -> None:
     )
     first, other, second = tokens.to(loaded.device)
     positions = torch.arange(length, device=loaded.device)
-    alone = _outputs(loaded, second, positions)
-    behind = [
-        _outputs(loaded, torch.cat([start, second]), positions.repeat(2))[length:]
-        for start in (first, other)
-    ]
+    with evaluating(loaded.model):
+        alone = _outputs(loaded, second, positions)
+        behind = [
+            _outputs(loaded, torch.cat([start, second]), positions.repeat(2))[length:]
+            for start in (first, other)
+        ]
     # Other sums in the same order are the same; documents in one row may be summed in another.
     rounding = torch.finfo(loaded.model.dtype).eps * float(alone.abs().max())
     leak = float((behind[0] - behind[1]).abs().max())
