@@ -1,14 +1,21 @@
 """Conversations and pairs are read whole, and what the assistant wrote is scored, in every form."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import models as models_of_tokenizers
 
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.models.chat import encode_chat
 from mergekit_bayes.models.columns import Columns
 from mergekit_bayes.models.encode import IGNORED, Collate, observations
 from mergekit_bayes.models.examples import Weights, drawn_rows, read_examples
 from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.turns import conversation
 from mergekit_bayes.precision import PrecisionConfig, run_precision
 from tests.chats import turns, words, write
 from tests.tiny_models import CHAT, MARKED_CHAT, tiny_bert, tiny_llama
@@ -73,6 +80,25 @@ def test_white_space_at_the_end_of_a_turn_scores_nothing_behind_it(tmp_path, lla
     assert words(llama, example) == (
         "<|user|> the cat </s> <|assistant|> SAT ON <|user|> a dog </s> <|assistant|> RAN"
     )
+
+
+@pytest.mark.parametrize("is_trimmed", [False, True])
+def test_white_space_and_parts_of_letters_are_scored_where_they_stand(llama, is_trimmed):
+    """A token for each byte; as RoBERTa's, the tokenizer may count white space to no token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models_of_tokenizers.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.ByteLevel(trim_offsets=is_trimmed)
+    inner.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    fast.chat_template = CHAT.replace("'|>' +", "'|>\n' +").replace(
+        "|assistant|>'", "|assistant|>\n'"
+    )
+    loaded = replace(llama, tokenizer=fast, model=SimpleNamespace(config=llama.model.config))
+    chat = conversation(turns(" ok ", "a  naïve \n friend 日 "), "messages", "row 1")
+    (example,) = encode_chat([chat], loaded, "rows", 200).examples
+    scored = [token for token in example["labels"] if token != IGNORED]
+    assert fast.decode(scored) == "a  naïve \n friend 日 </s>"
 
 
 def test_a_template_that_strips_the_history_gives_an_example_for_each_turn(tmp_path, llama):

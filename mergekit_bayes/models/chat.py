@@ -111,13 +111,12 @@ def _labelled(texts: Sequence[Scored], loaded: Loaded) -> Iterator[tuple[list[in
         for first, end in scored.spans:
             marks[first + 1 : end + 1] = 1
         before = np.cumsum(marks)  # scored characters before each place
-        yield (
-            ids,
-            [
-                token if before[end] > before[first] else IGNORED
-                for token, (first, end) in zip(ids, places, strict=True)
-            ],
-        )
+        ends = np.array([end for _, end in places], np.int64)
+        # Some tokenizers count white space to no token: one that is nothing else ends where it
+        # ended, and has no beginning before that.
+        firsts = np.minimum([first for first, _ in places], np.maximum(ends - 1, 0))
+        is_scored = before[ends] > before[firsts.astype(np.int64)]
+        yield ids, np.where(is_scored, ids, IGNORED).tolist()
 
 
 def _scored(pair: Pair) -> list[Scored]:

@@ -135,7 +135,7 @@ def cut_documents(documents: Sequence[tuple[list[int], list[int]]], max_length: 
             cut, lost = cut + 1, lost + len(ids) - max_length
         kept = ids[:max_length]
         example = {"input_ids": kept, "labels": kept if labels is ids else labels[:max_length]}
-        if scored_tokens(example):
+        if scored_tokens(example) > 0:
             examples.append(example)
     return Encoding(examples, len(documents), tokens, cut, lost, len(documents) - len(examples))
 

@@ -362,7 +362,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
-        """Norm of the mean gradient over the samples since the last step.
+        """Norm of the mean over the samples of the gradients since the last step.
 
         With sharded parameters this is a collective over all shards.
         """

@@ -74,18 +74,21 @@ def gradient_norm(sampled: Mapping[Tensor, Sampled], sharded: bool) -> float:
     total = 0.0
     for parameter, sums in sampled.items():
         square = float(sums.grad.float().square().sum()) / max(1, sums.draws) ** 2
-        if sharded and not isinstance(parameter, DTensor):  # every rank has the whole
-            square /= dist.get_world_size()
-        total += square
+        total += square / _copies(parameter) if sharded else square
     if sharded:
-        total = sum(_of_all_ranks(total))
+        totals: list[float] = [0.0] * dist.get_world_size()
+        dist.all_gather_object(totals, total)
+        total = sum(totals)
     return math.sqrt(total)
 
 
-def _of_all_ranks(value: float) -> list[float]:
-    values: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def _copies(parameter: Tensor) -> int:
+    """Number of ranks that have the same part of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return dist.get_world_size()
+    mesh = parameter.device_mesh
+    shards = [mesh.size(i) for i, place in enumerate(parameter.placements) if place.is_shard()]
+    return dist.get_world_size() // math.prod(shards)
 
 
 def curvature_noise(states: Iterable[tuple[ParameterState, float]]) -> float:
