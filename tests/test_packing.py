@@ -1,15 +1,18 @@
 """Packed documents have the loss and the gradient that they have in rows of their own."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.models.encode import IGNORED, Collate, observations
 from mergekit_bayes.models.examples import read_examples
-from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.packing import pack_documents, refuse_leaks
 from tests.chats import chats
 from tests.finetuning import texts
@@ -91,6 +94,23 @@ def test_a_model_that_lets_documents_see_each_other_is_refused(loaded):
         loaded.model.forward = shifted
         with pytest.raises(ConfigError, match="positions do not start again"):
             refuse_leaks(loaded)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_architecture_that_numbers_tokens_itself_is_refused(attention):
+    """OPT counts positions by the attention mask, whatever position ids say."""
+    config = transformers.OPTConfig(
+        vocab_size=20,
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
+    )
+    model = transformers.OPTForCausalLM._from_config(config, attn_implementation=attention)
+    with pytest.raises(ConfigError, match="does not keep packed documents apart"):
+        refuse_leaks(Loaded(model, range(20), "causal-lm", Path("opt")))
 
 
 @pytest.mark.parametrize("length", [20, 21, 64, 1000])
