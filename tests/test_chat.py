@@ -156,6 +156,8 @@ def test_messages_come_without_what_a_reader_has_made_up(tmp_path, llama):
     first, second = read(tmp_path, llama, {"messages": TWO}, {"messages": other}).examples
     assert words(llama, first) == SCORED
     assert words(llama, second).startswith("nice <|user|>")
+    parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in TWO]
+    assert words(llama, read(tmp_path, llama, {"messages": parts}).examples[0]) == SCORED
     shared = [
         {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
         for m in TWO

@@ -138,11 +138,14 @@ def train(
 def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> Trained:
     from transformers import TrainerState
 
+    from mergekit_bayes.finetune.evaluation import best_of
+
     step, loss, path = 0, 0.0, None
     if checkpoint is not None:
         step, loss, path = checkpoint.step, checkpoint.loss, str(checkpoint.path)
         with _loading(checkpoint):
             state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        best_of(checkpoint)  # which refuses a record that is none
         _refuse_best_elsewhere(checkpoint, state.best_model_checkpoint)
         for name in _LOADERS:
             setattr(trainer, name, _loading(checkpoint)(getattr(trainer, name)))

@@ -1,6 +1,6 @@
 """Encode conversations and pairs: the whole is read, and the assistant's part is scored."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ from mergekit_bayes.models.turns import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_AT_ONCE = 1000  # texts that are tokenised in one call
 
 
 class Pair(NamedTuple):
@@ -94,29 +96,37 @@ def encode_chat(
 
 
 def _labelled(texts: Sequence[Scored], loaded: Loaded) -> Iterator[tuple[list[int], list[int]]]:
-    """Tokens and labels of texts."""
-    encoded: Any = call_tokenizers(
-        TOKENIZER_FAILS,
-        lambda: loaded.tokenizer(
-            [scored.text for scored in texts],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        ),
+    """Tokens and labels of texts, some at a time: the places of tokens take far more memory."""
+    for i in range(0, len(texts), _AT_ONCE):
+        some = texts[i : i + _AT_ONCE]
+        encoded = _tokenised([scored.text for scored in some], loaded)
+        known_to(loaded.model, encoded["input_ids"])
+        for scored, ids, places in zip(
+            some, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            yield ids, _labels(scored, ids, places)
+
+
+def _tokenised(texts: list[str], loaded: Loaded) -> Mapping[str, Any]:
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    encoded: Mapping[str, Any] = call_tokenizers(
+        TOKENIZER_FAILS, lambda: loaded.tokenizer(texts, **options)
     )
-    for scored, ids, places in zip(
-        texts, known_to(loaded.model, encoded["input_ids"]), encoded["offset_mapping"], strict=True
-    ):
-        marks = np.zeros(len(scored.text) + 1, np.int64)
-        for first, end in scored.spans:
-            marks[first + 1 : end + 1] = 1
-        before = np.cumsum(marks)  # scored characters before each place
-        ends = np.array([end for _, end in places], np.int64)
-        # Some tokenizers count white space to no token: one that is nothing else ends where it
-        # ended, and has no beginning before that.
-        firsts = np.minimum([first for first, _ in places], np.maximum(ends - 1, 0))
-        is_scored = before[ends] > before[firsts.astype(np.int64)]
-        yield ids, np.where(is_scored, ids, IGNORED).tolist()
+    return encoded
+
+
+def _labels(scored: Scored, ids: list[int], places: Sequence[tuple[int, int]]) -> list[int]:
+    """Each token that stands for a scored character, and `IGNORED` for the others."""
+    marks = np.zeros(len(scored.text) + 1, np.int64)
+    for first, end in scored.spans:
+        marks[first + 1 : end + 1] = 1
+    before = np.cumsum(marks)  # scored characters before each place
+    firsts, ends = np.array(places, np.int64).reshape(-1, 2).T
+    # Some tokenizers count white space to no token: one that is nothing else has an empty place at
+    # its end, and stands for the character before that.
+    firsts = np.minimum(firsts, np.maximum(ends - 1, 0))
+    labels: list[int] = np.where(before[ends] > before[firsts], ids, IGNORED).tolist()
+    return labels
 
 
 def _scored(pair: Pair) -> list[Scored]:

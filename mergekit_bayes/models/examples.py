@@ -1,7 +1,7 @@
 """From rows where they lie to the examples of a loaded model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 
@@ -94,12 +94,14 @@ def read_examples(
         refuse_unscored(examples, parts[0].form.columns[-1])
     except MismatchError as error:
         raise MismatchError(f"{', '.join(map(repr, names))}: {error}") from None
-    notes = [note for part, made in zip(parts, encodings, strict=True) for note in _of(part, made)]
+    notes = [
+        note for part, made in zip(parts, encodings, strict=True) for note in _notes_on(part, made)
+    ]
     return Encoded(
         sum(len(part.rows) for part in parts),
         examples,
         sum(part.blank for part in parts),
-        (*notes, *_of_lengths(encodings, max_length)),
+        (*notes, *_notes_on_lengths(encodings, max_length)),
     )
 
 
@@ -113,7 +115,7 @@ def refuse_blank(refs: str | Sequence[str], column: str, texts: Sequence[str]) -
         _refuse_wordless([refs] if isinstance(refs, str) else refs, column)
 
 
-def _refuse_wordless(names: Sequence[str], column: str) -> None:
+def _refuse_wordless(names: Sequence[str], column: str) -> NoReturn:
     raise MismatchError(
         f"no row of {', '.join(names)} has a word in its column '{column}', or a token to read."
     )
@@ -260,8 +262,8 @@ def _encoded(
         raise MismatchError(f"'{part.name}': {error}") from None
 
 
-def _of(part: _Part, encoding: Encoding) -> Iterator[str]:
-    """Notes on one source."""
+def _notes_on(part: _Part, encoding: Encoding) -> Iterator[str]:
+    """What is said of one source."""
     if part.form.is_guessed and part.form.columns != (TEXT,):
         yield f"'{part.name}': {part.form.describe()}"
     if part.drawn_from is not None:
@@ -275,8 +277,8 @@ def _of(part: _Part, encoding: Encoding) -> Iterator[str]:
         )
 
 
-def _of_lengths(encodings: Sequence[Encoding], max_length: int) -> Iterator[str]:
-    """Notes on what was cut and left out."""
+def _notes_on_lengths(encodings: Sequence[Encoding], max_length: int) -> Iterator[str]:
+    """What is said of rows that were cut and left out."""
     rows, tokens, cut, lost, unscored = (
         sum(values) for values in zip(*(encoding[1:] for encoding in encodings), strict=True)
     )

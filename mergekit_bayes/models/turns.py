@@ -210,6 +210,8 @@ def _message(value: object, place: str) -> dict[str, Any]:
         raise MismatchError(f"{place} has {described(role)} as its role, expected text.")
     if content is None and len(message.keys() - {"role", "content"}):
         content = ""  # of a message that only calls a tool
+    if isinstance(content, list):
+        content = _text_of_parts(content)
     if not isinstance(content, str):
         raise MismatchError(
             f"{place} has {described(content)} as its content, expected text. Images and other "
@@ -218,6 +220,13 @@ def _message(value: object, place: str) -> dict[str, Any]:
     return {"role": role, "content": content} | {
         name: part for name, part in message.items() if name not in ("role", "content")
     }
+
+
+def _text_of_parts(parts: list[Any]) -> object:
+    """The text of a message that is written as a list of texts; other lists as they are."""
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    is_text = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(map(str, texts)) if is_text and parts else parts
 
 
 def _without_null(value: object) -> object:
