@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +149,17 @@ def test_a_best_checkpoint_that_is_not_of_the_run_is_refused(world, tmp_path, mo
     file.write_text(json.dumps(state).ljust(size)[:size])
     with pytest.raises(CheckpointError, match=r"names '.*m' as the best checkpoint"):
         run_finetune(world("out", "resume=true"), quiet=True)
+
+
+def test_a_best_checkpoint_that_was_made_late_is_found(tmp_path):
+    """As that of a sharded model, whose folder is not there yet when the Trainer looks for it."""
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    state = SimpleNamespace(best_global_step=4, best_model_checkpoint="checkpoint-2")
+    evaluation.BestCheckpoint().on_save(args, state, None)
+    assert state.best_model_checkpoint == "checkpoint-2"
+    (tmp_path / "checkpoint-4").mkdir()
+    evaluation.BestCheckpoint().on_save(args, state, None)
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
 
 
 @pytest.mark.parametrize(

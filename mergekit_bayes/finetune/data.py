@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
@@ -81,19 +81,17 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
         ConfigError: A model that cannot be trained, or an adapter that does not fit it.
         MismatchError: Data without the named columns or with unknown labels.
     """
-    loaded, read, held_out, base = main_first(lambda: _load(config))
-    examples, notes = read.examples, read.notes
+    loaded, base = main_first(lambda: _load(config))
+    rows = main_first(lambda: _load_examples(config, loaded))
+    choices = choose(config, loaded, rows.examples, processes)
     warn_of_rounding(config, loaded)
-    choices = choose(config, loaded, examples, processes)
-    identity = identity_of(config, choices.record(), base, examples)
-    if held_out is not None:
-        notes += tuple(f"eval_data: {note}" for note in held_out.notes)
-        identity["eval_data"] = digest(held_out.examples)
-    others = [] if held_out is None else held_out.examples
-    return Run(config, loaded, examples, others, notes, choices, base, identity)
+    identity = identity_of(config, choices.record(), base, rows.examples)
+    if rows.held_out:
+        identity["eval_data"] = digest(rows.held_out)
+    return Run(config, loaded, *rows, choices, base, identity)
 
 
-def _load(config: FinetuneConfig) -> tuple[Loaded, Encoded, Encoded | None, Identity | None]:
+def _load(config: FinetuneConfig) -> tuple[Loaded, Identity | None]:
     loaded = load_base(config)
     if config.chat_template is not None:
         loaded.tokenizer.chat_template = _read_template(Path(config.chat_template))
@@ -104,8 +102,7 @@ def _load(config: FinetuneConfig) -> tuple[Loaded, Encoded, Encoded | None, Iden
     if loaded.task == "classification":
         # Whoever reads the head later must not guess from its labels' names how it was trained.
         loaded.model.config.problem_type = "single_label_classification"
-    held_out = _read_held_out(config, loaded) if config.eval_data is not None else None
-    return loaded, _read_examples(config, loaded), held_out, base_identity(loaded.path)
+    return loaded, base_identity(loaded.path)
 
 
 def _read_template(file: Path) -> str:
@@ -233,6 +230,22 @@ def with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> "PeftModel":
     commit = commit_in(name, loaded.path)
     stored.revision = commit or (revision if is_hub_id(name) else None) or None
     return model
+
+
+class _Rows(NamedTuple):
+    """Training data, held-out data and what is said of both, as `Run` has them."""
+
+    examples: Examples
+    held_out: Examples
+    notes: tuple[str, ...]
+
+
+def _load_examples(config: FinetuneConfig, loaded: Loaded) -> _Rows:
+    read, held_out = _read_examples(config, loaded), Encoded(0, [])
+    if config.eval_data is not None:
+        held_out = _read_held_out(config, loaded)
+    notes = read.notes + tuple(f"eval_data: {note}" for note in held_out.notes)
+    return _Rows(read.examples, held_out.examples, notes)
 
 
 def _read_examples(config: FinetuneConfig, loaded: Loaded) -> Encoded:

@@ -157,6 +157,26 @@ class Patience(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
+class BestCheckpoint(TrainerCallback):  # type: ignore[misc]
+    """Names the best checkpoint when it is there.
+
+    The Trainer looks for its folder while it writes it, and misses one that a sharded model's
+    ranks make later.
+    """
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Look once more, after all files are written."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and folder.is_dir():
+            state.best_model_checkpoint = str(folder)
+
+
 def has_ended(checkpoint: Checkpoint | None, patience: int | None) -> bool:
     """Whether the run of a checkpoint had stopped early there."""
     if checkpoint is None or patience is None:

@@ -91,7 +91,7 @@ def make_trainer(
     """
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from mergekit_bayes.finetune.evaluation import Patience
+    from mergekit_bayes.finetune.evaluation import BestCheckpoint, Patience
     from mergekit_bayes.finetune.hooks import (
         CheckpointMarker,
         IvonTrainer,
@@ -125,6 +125,8 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(CheckpointMarker(trainer, run.identity, loss_before))
+    if config.load_best:
+        trainer.add_callback(BestCheckpoint())
     if config.patience is not None:
         trainer.add_callback(Patience(config.patience))
     if not quiet:
