@@ -68,13 +68,19 @@ def test_lists_of_settings_name_settings():
 
 def test_what_a_fine_tune_can_set_too_reaches_its_machinery():
     given = {"save_steps": 3, "seed": 7, "dtype": "bfloat16", "bf16": True, "lora": {"r": 3}}
-    given |= {"resume": True, "force": True, "num_processes": 2, "report_to": "none", "pack": True}
+    given |= {
+        "resume": True,
+        "force": True,
+        "num_processes": 2,
+        "report_to": "none",
+        "pack": "joined",
+    }
     given |= {"optimizer": "ivon", "keep_checkpoints": True, "logging_steps": 2, "max_steps": 9}
     config = AdaptConfig.model_validate({"model": "m", "output": "o", "add": {"data": "a"}} | given)
     training = data.training_config(config)
     for name in given:
         assert getattr(training, name) == getattr(config, name), name
-    assert training.data == ("a",)
+    assert training.paths == ("a",)
 
 
 @pytest.mark.parametrize(

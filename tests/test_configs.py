@@ -198,7 +198,7 @@ def test_one_value_stands_for_a_list_of_one_and_a_path_for_its_text(config):
         if field.annotation is str:
             one = config(**GOOD[config] | {name: Path("a/b")})
             assert getattr(one, name) == "a/b"
-    assert FinetuneConfig(model=Path("m"), output="o", data=[Path("a"), "b"]).data == ("a", "b")
+    assert FinetuneConfig(model=Path("m"), output="o", data=[Path("a"), "b"]).paths == ("a", "b")
     adapter = LoraSettings(target_modules="all-linear")
     assert adapter.target_modules == "all-linear"  # text has a meaning of its own here
 

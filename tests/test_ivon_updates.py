@@ -278,6 +278,21 @@ def test_a_scheduler_and_a_closure_work():
     assert last < first
 
 
+@pytest.mark.parametrize("curvature", ["price", "ggn"])
+def test_the_norm_is_that_of_the_mean_gradient_over_the_samples(curvature):
+    model, (x, y) = net(), data()
+    optimizer = IVON(model.parameters(), **SETTINGS, lr=0.1, mc_samples=3, curvature=curvature)
+    assert optimizer.gradient_norm() == 0
+    seen = []
+    for _ in range(3):
+        with optimizer.sampled_params(train=True):
+            model.zero_grad()
+            loss_of(model, x, y).backward()
+            seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    expected = torch.stack(seen).mean(0).norm().item()
+    assert optimizer.gradient_norm() == pytest.approx(expected, rel=1e-5)
+
+
 def test_health_tells_forgotten_starts_and_noise():
     model = net()
     optimizer = IVON(model.parameters(), lr=0.1, **SETTINGS)

@@ -22,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "the cat"}, {"role": "assistant", "conte
 NOT_TEXT = {  # with the words by which each is told
     "an object": ({"body": "the cat", "score": 0.5}, "an object with body, score.*'text.body'"),
     "a list": (["the", "cat"], "a list, expected text"),
-    "messages": (MESSAGES, "a list of messages, .*`messages`.*not read yet"),
+    "messages": (MESSAGES, "a list of messages, .* in the column that messages_column names"),
     "a whole number": (5, r"a number \(5\)"),
     "a number": (0.5, r"a number \(0\.5\)"),
     "a truth value": (True, r"a truth value \(true\)"),
@@ -244,10 +244,10 @@ def test_the_advice_for_null_can_be_followed(tmp_path, place):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": MESSAGES}, r"Conversations \(`messages`\) are not read yet.*column 'text'"),
+        ({"messages": MESSAGES}, "Conversations are read by .* messages_column .*column 'text'"),
         (
             {"prompt": "the", "completion": "cat"},
-            r"Pairs .* are not read yet\. Columns of text: prompt, completion; name one",
+            "Columns of text: prompt, completion; name one",
         ),
         ({"body": "the cat", "n": 1}, "Columns of text: body; name one as the text column"),
     ],

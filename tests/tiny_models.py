@@ -137,3 +137,48 @@ def give_posterior(folder, loaded=None, *, prior=PRIOR, seed=0, stored_prior=Non
         )
     save_posterior(folder, precision, info, force=True)
     return precision
+
+
+# As most chat models write a turn: a header, the text and a token for its end.
+CHAT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# The same, with the assistant's turns marked.
+MARKED_CHAT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '</s>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def tiny_llama(folder, template=CHAT, context=64, seed=0):
+    """A random Llama of two layers with a chat template."""
+    folder = Path(folder)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
+    )
+    fast.chat_template = template
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=context,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.3,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder

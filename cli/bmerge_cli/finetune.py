@@ -61,6 +61,10 @@ def command(
 def _describe(report: FinetuneReport, screen: Screen) -> None:
     steps = f"{report.steps} step{'s' * (report.steps != 1)}"
     screen.print(f"{steps}, mean training loss {report.loss:.4g}", markup=False)
+    if report.evaluation:
+        at = "" if report.best_step is None else f" at step {report.best_step}, which is stored"
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in report.evaluation.items())
+        screen.print(f"held out: {numbers}{at}", markup=False)
     if report.estimator is not None:
         screen.print(
             f"posterior: {report.estimator} over {report.observations:,} {report.unit}s, "

@@ -146,7 +146,8 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     if not config.has_memory:
         return None
     refuse_memory(config, loaded)  # before any text is written, which may take long
-    row_count, examples, _ = main_first(lambda: _from_rows(config, loaded))
+    read = main_first(lambda: _from_rows(config, loaded))
+    row_count, examples = read.rows, read.examples
     texts: list[str] = []
     if config.memory_self_generated is not None:
         texts = _written(config, loaded)
@@ -154,7 +155,7 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
             {"text": texts},
             loaded,
             max_length=config.max_length,
-            pack=config.pack,
+            pack=config.pack == "joined",
             source="memory_self_generated",
         )
     training, held_out = _split(examples, config)

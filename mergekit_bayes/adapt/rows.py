@@ -2,6 +2,7 @@
 
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.models import examples
+from mergekit_bayes.models.columns import Columns
 from mergekit_bayes.models.load import Loaded
 
 
@@ -24,10 +25,10 @@ def read_examples(
     return examples.read_examples(
         rows.data,
         loaded,
-        text=config.text_column,
+        columns=Columns(text=config.text_column),
         label=label,
         where=rows.where,
         max_rows=config.max_rows,
         max_length=config.max_length,
-        pack=config.pack,
+        pack=config.pack == "joined",
     )

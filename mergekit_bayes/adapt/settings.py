@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mergekit_bayes.configs import Config
-from mergekit_bayes.finetune.settings import LoraSettings
+from mergekit_bayes.finetune.settings import LoraSettings, say_what_pack_was
 from mergekit_bayes.models.load import Task
 from mergekit_bayes.records import Force, Frozen, Record, TrustRemoteCode
 
@@ -210,10 +210,10 @@ class AdaptConfig(Config):
     max_length: int = Field(
         512, ge=2, description="Tokens of a row at most; no more than the model's context."
     )
-    pack: bool = Field(
+    pack: Annotated[Literal[False, "joined"], BeforeValidator(say_what_pack_was)] = Field(
         False,
-        description="Language models: join rows by EOS and cut blocks of `max_length`, instead of "
-        "one row an example.",
+        description="Language models: `joined` joins rows by EOS and cuts blocks of `max_length`, "
+        "in which a row sees those before it, instead of one row an example.",
     )
     optimizer: Literal["adamw", "ivon"] = Field("adamw", description="`adamw` or `ivon`.")
     learning_rate: float | None = Field(

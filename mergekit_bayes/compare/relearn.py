@@ -21,6 +21,7 @@ from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.launcher import on_device
 from mergekit_bayes.libraries import call
+from mergekit_bayes.models.columns import Columns
 from mergekit_bayes.models.examples import read_examples, refuse_blank
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.merged import merge_adapter
@@ -81,7 +82,7 @@ def refuse_rows(config: CompareConfig, loaded: Loaded) -> None:
         read_examples(
             config.relearn,
             loaded,
-            text=config.text_column,
+            columns=Columns(text=config.text_column),
             label=config.label_column if is_classifier else None,
             where=config.relearn_where or None,
             max_rows=config.relearn_rows,

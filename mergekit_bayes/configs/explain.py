@@ -77,6 +77,8 @@ def _setting_at(config: type[BaseModel], location: Sequence[str | int]) -> tuple
     for key in location:
         if place is None:
             break
+        if isinstance(key, int):  # of a list of configs
+            continue
         keys.append(str(key))
         place = _inside(place, key)
     return tuple(keys)

@@ -18,6 +18,7 @@ from typing import (
     TypeVar,
     cast,
     dataclass_transform,
+    get_args,
     get_origin,
 )
 
@@ -284,4 +285,11 @@ def _is_one_of_a_list(field: FieldInfo, value: object) -> bool:
     """Whether the field holds a list, and nothing else, and the value may be its only element."""
     allowed = members(field.annotation)
     is_list = bool(allowed) and all(get_origin(member) is tuple for member in allowed)
-    return is_list and isinstance(value, (str, int, float))
+    alone = (str, int, float, dict) if _holds_configs(field) else (str, int, float)
+    return is_list and isinstance(value, alone)
+
+
+def _holds_configs(field: FieldInfo) -> bool:
+    """Whether the field is a list of configs, one of which is given by keys and values."""
+    inner = [part for member in members(field.annotation) for part in get_args(member)]
+    return any(isinstance(part, type) and issubclass(part, Config) for part in inner)

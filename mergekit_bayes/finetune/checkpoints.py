@@ -49,6 +49,11 @@ _FREE = {
     "num_processes",
     "posterior",
     "flush_batches",
+    "text_column",
+    "messages_column",
+    "prompt_column",
+    "completion_column",
+    "chat_template",
 }
 
 
@@ -298,7 +303,7 @@ def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]
     lines = []
     for name in sorted(set(stored) | set(identity)):
         if stored.get(name) != identity.get(name):
-            if name in ("model", "data", "held", "prompts"):
+            if name in ("model", "data", "eval_data", "held", "prompts"):
                 lines.append(f"{name} holds something else")
             else:
                 there, here = _said(stored.get(name)), _said(identity.get(name))

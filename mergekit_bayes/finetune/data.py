@@ -3,19 +3,22 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
+from mergekit_bayes.documents import DocumentError, read_text
 from mergekit_bayes.errors import ConfigError, MismatchError
-from mergekit_bayes.finetune.checkpoints import identity_of
+from mergekit_bayes.finetune.checkpoints import digest, identity_of
 from mergekit_bayes.finetune.choices import Choices, choose
 from mergekit_bayes.finetune.refusals import refuse_after
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
+from mergekit_bayes.libraries import reason
 from mergekit_bayes.models.devices import choose_device
 from mergekit_bayes.models.encode import observations
-from mergekit_bayes.models.examples import read_examples
+from mergekit_bayes.models.examples import Encoded, Weights, read_examples
 from mergekit_bayes.models.load import UNIT, Loaded, is_classifier, load_model
+from mergekit_bayes.models.packing import pack_documents
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Identity
 from mergekit_bayes.posterior.info import base_identity
@@ -38,6 +41,8 @@ class Run:
         config: The settings, as given.
         loaded: The model that is trained, with its adapter if there is one.
         examples: Encoded training data.
+        held_out: Encoded held-out data; empty without any.
+        notes: What was guessed of the data, cut or left out.
         choices: The settings that training uses, with every default filled in.
         base: Content hash of the checkpoint that training starts from; None where it has none.
         identity: All that decides the bits of the run. A checkpoint stores it, and only a run of
@@ -47,6 +52,8 @@ class Run:
     config: FinetuneConfig
     loaded: Loaded
     examples: Examples
+    held_out: Examples
+    notes: tuple[str, ...]
     choices: Choices
     base: Identity | None
     identity: dict[str, object]
@@ -74,15 +81,20 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
         ConfigError: A model that cannot be trained, or an adapter that does not fit it.
         MismatchError: Data without the named columns or with unknown labels.
     """
-    loaded, examples, base = main_first(lambda: _load(config))
+    loaded, base = main_first(lambda: _load(config))
+    rows = main_first(lambda: _load_examples(config, loaded))
+    choices = choose(config, loaded, rows.examples, processes)
     warn_of_rounding(config, loaded)
-    choices = choose(config, loaded, examples, processes)
-    identity = identity_of(config, choices.record(), base, examples)
-    return Run(config, loaded, examples, choices, base, identity)
+    identity = identity_of(config, choices.record(), base, rows.examples)
+    if rows.held_out:
+        identity["eval_data"] = digest(rows.held_out)
+    return Run(config, loaded, *rows, choices, base, identity)
 
 
-def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
+def _load(config: FinetuneConfig) -> tuple[Loaded, Identity | None]:
     loaded = load_base(config)
+    if config.chat_template is not None:
+        loaded.tokenizer.chat_template = _read_template(Path(config.chat_template))
     if config.lora is not None:
         model = with_lora(loaded, config.lora, config.model)
         loaded = replace(loaded, model=model)
@@ -90,7 +102,17 @@ def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
     if loaded.task == "classification":
         # Whoever reads the head later must not guess from its labels' names how it was trained.
         loaded.model.config.problem_type = "single_label_classification"
-    return loaded, _load_examples(config, loaded), base_identity(loaded.path)
+    return loaded, base_identity(loaded.path)
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return read_text(file)
+    except (OSError, DocumentError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"chat_template: {file} cannot be read ({why}). Name a file with a Jinja template."
+        ) from None
 
 
 def load_base(config: FinetuneConfig) -> Loaded:
@@ -100,10 +122,26 @@ def load_base(config: FinetuneConfig) -> Loaded:
         CheckpointError: It cannot be loaded or run, or a link leads out of its folder.
     """
     loaded = _load_model(config)
+    if config.attn_implementation is not None:
+        _choose_attention(loaded, config.attn_implementation)
     _refuse_links(loaded)
     if choose_device(None).type == "cpu":  # where it would be run on a GPU, it is not there yet
         loaded.try_out()
     return loaded
+
+
+def _choose_attention(loaded: Loaded, name: str) -> None:
+    """Let the model, below an adapter, use this attention."""
+    try:
+        model = (
+            loaded.model.get_base_model() if hasattr(loaded.model, "peft_config") else loaded.model
+        )
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"attn_implementation: {name} cannot be used here ({reason(error)}). Choose another, "
+            "or leave it out."
+        ) from None
 
 
 def warn_of_rounding(config: FinetuneConfig, loaded: Loaded) -> None:
@@ -138,7 +176,7 @@ def _load_model(config: FinetuneConfig) -> Loaded:
             trust_remote_code=config.trust_remote_code,
         )
     rows = load_rows(
-        config.data, where=config.where, max_rows=config.max_rows, label=config.label_column
+        config.paths, where=config.where, max_rows=config.max_rows, label=config.label_column
     )
     labels = sorted(set(rows[config.label_column]), key=lambda label: (str(type(label)), label))
     are_names = not all(isinstance(label, int) for label in labels)
@@ -194,7 +232,23 @@ def with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> "PeftModel":
     return model
 
 
-def _load_examples(config: FinetuneConfig, loaded: Loaded) -> Examples:
+class _Rows(NamedTuple):
+    """Training data, held-out data and what is said of both, as `Run` has them."""
+
+    examples: Examples
+    held_out: Examples
+    notes: tuple[str, ...]
+
+
+def _load_examples(config: FinetuneConfig, loaded: Loaded) -> _Rows:
+    read, held_out = _read_examples(config, loaded), Encoded(0, [])
+    if config.eval_data is not None:
+        held_out = _read_held_out(config, loaded)
+    notes = read.notes + tuple(f"eval_data: {note}" for note in held_out.notes)
+    return _Rows(read.examples, held_out.examples, notes)
+
+
+def _read_examples(config: FinetuneConfig, loaded: Loaded) -> Encoded:
     length_is_given = "max_length" in config.model_fields_set
     if length_is_given and config.max_length > (context := loaded.context) and is_main():
         logger.warning(
@@ -202,14 +256,40 @@ def _load_examples(config: FinetuneConfig, loaded: Loaded) -> Examples:
             context,
             config.max_length,
         )
-    label = config.label_column if loaded.task == "classification" else None
-    return read_examples(
-        config.data,
+    if config.pack and loaded.task == "classification":
+        raise ConfigError("pack is for language models. Leave it out, to train a classifier.")
+    read = read_examples(
+        config.paths,
         loaded,
-        text=config.text_column,
-        label=label,
+        columns=config.columns,
+        label=_label(config, loaded),
         where=config.where,
         max_rows=config.max_rows,
         max_length=config.max_length,
-        pack=config.pack,
-    ).examples
+        pack=config.pack == "joined",
+        weights=Weights([source.weight for source in config.data], config.seed),
+    )
+    return read._replace(examples=_packed(config, loaded, read.examples))
+
+
+def _read_held_out(config: FinetuneConfig, loaded: Loaded) -> Encoded:
+    """Held-out rows, which are never joined: their loss is that of each row by itself."""
+    read = read_examples(
+        config.eval_sources,
+        loaded,
+        columns=config.columns,
+        label=_label(config, loaded),
+        where=config.where,
+        max_length=config.max_length,
+    )
+    return read._replace(examples=_packed(config, loaded, read.examples))
+
+
+def _label(config: FinetuneConfig, loaded: Loaded) -> str | None:
+    return config.label_column if loaded.task == "classification" else None
+
+
+def _packed(config: FinetuneConfig, loaded: Loaded, examples: Examples) -> Examples:
+    if config.pack != "documents":
+        return examples
+    return pack_documents(examples, min(config.max_length, loaded.context))

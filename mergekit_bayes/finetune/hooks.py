@@ -7,33 +7,59 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from mergekit_bayes.finetune.checkpoints import mark_whole
 from mergekit_bayes.finetune.data import Run
+from mergekit_bayes.finetune.evaluation import LOSS, Evaluated
 from mergekit_bayes.finetune.health import LOGGED, HealthMonitor
 from mergekit_bayes.ranks import mean_over_ranks
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 
 
-class IvonTrainer(IvonTrainerMixin, Trainer):  # type: ignore[misc]
+class PlainTrainer(Evaluated, Trainer):  # type: ignore[misc]
+    """The Trainer with AdamW."""
+
+    def __init__(self, run: Run, **arguments: object) -> None:
+        self.run = run
+        super().__init__(**arguments)
+
+
+class IvonTrainer(Evaluated, IvonTrainerMixin, Trainer):  # type: ignore[misc]
     """The Trainer with IVON, whose log holds the posterior's health beside the loss."""
 
     _logs_step_bound = True
 
     def __init__(self, run: Run, **arguments: object) -> None:
+        self.run = run
         self._step_observations = run.choices.batch_size
         self._logged = LOGGED[run.config.curvature]
         self._monitor = HealthMonitor(run.config)
+        self._gradient_norm = 0.0
         super().__init__(**arguments)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As the mixin's; the norm of the gradient is kept for the log of the step."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        is_logged = (self.state.global_step + 1) % self.args.logging_steps == 0
+        if is_logged and self.accelerator.sync_gradients:
+            self._gradient_norm = unwrap(self.optimizer).gradient_norm()
+        return loss
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Add the health numbers to the log of a step, and warn of problems."""
         if "loss" in logs:
             health = unwrap(self.optimizer).health(self._step_observations)
             self._monitor.warn(health)
-            logs = {**logs, **{name: health[name] for name in self._logged}}
+            norm = {"grad_norm": self._gradient_norm}
+            logs = {**logs, **norm, **{name: health[name] for name in self._logged}}
         super().log(logs, *args, **kwargs)
 
 
@@ -87,11 +113,19 @@ class ProgressBar(ProgressCallback):  # type: ignore[misc]
         logs: Mapping[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Print loss, learning rate and health above the bar."""
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+        """Print loss, learning rate and health, or a held-out loss, above the bar."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        if LOSS in logs:
+            line = f"step {state.global_step}/{state.max_steps}  held out:"
+            for name in (LOSS, "eval_perplexity", "eval_accuracy"):
+                if name in logs:
+                    line += f"  {name.removeprefix('eval_')} {float(logs[name]):.4g}"
+            self.say(line)
+        if "loss" not in logs:
             return
         line = f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4g}"
-        for name in ("learning_rate", *LOGGED["price"]):
+        for name in ("learning_rate", "grad_norm", *LOGGED["price"]):
             if name in logs:
                 line += f"  {name} {float(logs[name]):.3g}"
         self.say(line)

@@ -145,10 +145,26 @@ def _refuse_settings(config: FinetuneConfig) -> None:
             "resume: checkpoints are kept only with save_steps; give the save_steps of the first "
             "run."
         )
+    _refuse_evaluation(config)
     schedulers = [scheduler.value for scheduler in SchedulerType]
     if config.scheduler not in schedulers:
         hint = did_you_mean(config.scheduler, schedulers) or f"one of {', '.join(schedulers)}."
         raise ConfigError(f"scheduler: transformers knows no '{config.scheduler}'; {hint}")
+
+
+def _refuse_evaluation(config: FinetuneConfig) -> None:
+    if config.eval_data is None:
+        for name in ("eval_steps", "load_best", "patience"):
+            if getattr(config, name):
+                raise ConfigError(f"{name} needs held-out rows: name them by eval_data.")
+    if config.load_best and config.save_steps is None:
+        raise ConfigError("load_best chooses among checkpoints: give save_steps.")
+    if config.load_best and config.evaluates_every != config.save_steps:
+        raise ConfigError(
+            f"load_best: each checkpoint needs its loss and each loss its checkpoint, but "
+            f"eval_steps is {config.eval_steps} and save_steps {config.save_steps}. Leave "
+            "eval_steps out."
+        )
 
 
 def _refuse_other_heads(loaded: Loaded, name: str) -> None:

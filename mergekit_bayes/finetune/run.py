@@ -8,6 +8,7 @@ on kappa and on how much of `hess_init` is left, which the run's health numbers 
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
@@ -63,15 +64,21 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         trainer = make_trainer(run, arguments, quiet=quiet, loss_before=loss_before)
         is_ivon = run.choices.ivon is not None
-        trained = train(trainer, checkpoint, run.choices.steps, is_ivon=is_ivon)
+        patience = config.patience
+        steps = run.choices.steps
+        trained = train(trainer, checkpoint, steps, is_ivon=is_ivon, patience=patience)
         optimizer = unwrap(trainer.optimizer) if is_ivon else None
         return on_main(lambda: _store(run, optimizer, trained, folder))
 
 
 def _store(run: Run, optimizer: IVON | None, trained: Trained, folder: Path) -> FinetuneReport:
     """Store the model with the logs of its training, and then clean up beside it."""
+    made = trained.steps if trained.best_step is None else trained.best_step
+    run = replace(run, choices=replace(run.choices, steps=made))  # for the posterior's record
     report = save_finetuned(run, optimizer, trained.steps, trained.loss, folder)
     if has_folder(run.config):
         keep = run.config.keep_checkpoints or run.config.save_steps is None
         close_checkpoints(folder, keep=keep)
-    return report
+    return report.model_copy(
+        update={"evaluation": dict(trained.evaluation), "best_step": trained.best_step}
+    )

@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,10 +40,19 @@ _LOADERS = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng
 
 
 class Trained(NamedTuple):
-    """The whole run, over all its starts: steps made, and mean training loss of a step."""
+    """The whole run, over all its starts.
+
+    Attributes:
+        steps: Steps made.
+        loss: Mean training loss of a step.
+        best_step: Step of the checkpoint whose weights the model has, where the best was loaded.
+        evaluation: Held-out loss of the model, and perplexity or accuracy, if they were measured.
+    """
 
     steps: int
     loss: float
+    best_step: int | None = None
+    evaluation: Mapping[str, float] = {}
 
 
 @contextmanager
@@ -64,8 +74,7 @@ def refuse_output(config: FinetuneConfig) -> None:
         raise CheckpointError(
             f"'{target}' exists. Choose another output, or pass --force to replace it."
         )
-    data = (config.data,) if isinstance(config.data, str) else config.data
-    refuse_inputs(target, [config.model, *data])
+    refuse_inputs(target, [config.model, *config.paths, *config.eval_sources])
 
 
 def open_output(config: FinetuneConfig, held: ExitStack) -> Checkpoint | None:
@@ -94,7 +103,12 @@ def check_checkpoint(checkpoint: Checkpoint | None, identity: Mapping[str, objec
 
 
 def train(
-    trainer: "Trainer", checkpoint: Checkpoint | None, steps: int, *, is_ivon: bool
+    trainer: "Trainer",
+    checkpoint: Checkpoint | None,
+    steps: int,
+    *,
+    is_ivon: bool,
+    patience: int | None = None,
 ) -> Trained:
     """Train from the first step, or on from a checkpoint, which may be of the last one.
 
@@ -103,29 +117,57 @@ def train(
         checkpoint: Where to continue; None for a run from the first step.
         steps: Optimizer steps of the whole run.
         is_ivon: Whether the optimizer's state is needed after training.
+        patience: As `FinetuneConfig` has it.
     """
-    if checkpoint is not None and checkpoint.step >= steps:
+    from mergekit_bayes.finetune.evaluation import has_ended, measured_at
+
+    if checkpoint is not None and (checkpoint.step >= steps or has_ended(checkpoint, patience)):
         trained = _load_trained(trainer, checkpoint, is_ivon=is_ivon)
     else:
         trained = _train(trainer, checkpoint)
     trainer.accelerator.wait_for_everyone()
-    return trained
+    state, best_step = trainer.state, None
+    if trainer.args.load_best_model_at_end:
+        best_step = state.best_global_step if state.best_model_checkpoint else None
+        if best_step is None:
+            logger.warning("load_best: no evaluation gave a loss, so the last weights are stored")
+    evaluation = measured_at(state.log_history, best_step)
+    return trained._replace(best_step=best_step, evaluation=evaluation)
 
 
 def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> Trained:
     from transformers import TrainerState
 
+    from mergekit_bayes.finetune.evaluation import best_of
+
     step, loss, path = 0, 0.0, None
     if checkpoint is not None:
         step, loss, path = checkpoint.step, checkpoint.loss, str(checkpoint.path)
         with _loading(checkpoint):
-            TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+            state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        best_of(checkpoint)  # which refuses a record that is none
+        _refuse_best_elsewhere(checkpoint, state.best_model_checkpoint)
         for name in _LOADERS:
             setattr(trainer, name, _loading(checkpoint)(getattr(trainer, name)))
     trainer._save_checkpoint = _saying_what_fails(trainer._save_checkpoint, trainer.args.output_dir)
+    load_best, folder = trainer._load_best_model, trainer.args.output_dir
+    trainer._load_best_model = partial(
+        call, f"{folder}: the best checkpoint cannot be loaded", load_best
+    )
     output = trainer.train(resume_from_checkpoint=path)
     loss += mean_over_ranks(output.training_loss) * (output.global_step - step)
     return Trained(output.global_step, loss / max(1, output.global_step))
+
+
+def _refuse_best_elsewhere(checkpoint: Checkpoint, best: object) -> None:
+    """Refuse a best checkpoint that is none of the run's own: the Trainer would load it."""
+    if not isinstance(best, str) or not Path(best).is_dir():
+        return
+    if Path(best).resolve().parent != checkpoint.path.resolve().parent:
+        raise CheckpointError(
+            f"'{checkpoint.path}' names '{best}' as the best checkpoint of its run, which is not "
+            f"beside it. Remove {checkpoint.path}: --resume then takes the one before it."
+        )
 
 
 def _saying_what_fails(save: Callable[..., None], folder: str | None) -> Callable[..., None]:
@@ -157,15 +199,22 @@ def _loading(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _load_trained(trainer: "Trainer", checkpoint: Checkpoint, *, is_ivon: bool) -> Trained:
-    """Load a run that was stopped after its last step.
+    """Load a run that was stopped after its last step, or the best checkpoint of it.
 
     The Trainer itself would make one more step if that lies in the middle of an epoch.
     """
+    from transformers import TrainerState
+
+    from mergekit_bayes.finetune.evaluation import best_of
+
+    best = best_of(checkpoint) if trainer.args.load_best_model_at_end else None
+    path = checkpoint.path if best is None else best.path
     with _loading(checkpoint):
-        trainer._load_from_checkpoint(str(checkpoint.path))
+        trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        trainer.state.best_model_checkpoint = None if best is None else str(best.path)
+        trainer._load_from_checkpoint(str(path))
         if is_ivon:
             trainer.create_optimizer()
-            file = checkpoint.path / "optimizer.pt"
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
             trainer.optimizer.load_state_dict(state)
     return Trained(checkpoint.step, checkpoint.loss / checkpoint.step)

@@ -1,13 +1,34 @@
 """Settings of `bmerge finetune`, and its report."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from mergekit_bayes.configs import Config
+from mergekit_bayes.models.columns import (
+    Columns,
+    CompletionColumn,
+    MessagesColumn,
+    PromptColumn,
+    TextColumn,
+)
 from mergekit_bayes.models.load import Task
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
+
+
+def say_what_pack_was(value: object) -> object:
+    """Refuse `pack: true` of earlier configs, which does not say how rows are packed.
+
+    Raises:
+        ValueError: It is true.
+    """
+    if value is True:
+        raise ValueError(
+            "true is not said any more. Write joined for what it was: rows joined by EOS, each of "
+            "which sees those before it. In a fine-tune, documents keeps rows apart."
+        )
+    return value
 
 
 class LoraSettings(Config):
@@ -21,6 +42,29 @@ class LoraSettings(Config):
     )
 
 
+class DataSource(Config):
+    """One source of rows and how often a pass over the data draws them."""
+
+    path: str = Field(description="A file, folder or Hub data set.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="How often a pass draws each row: 2 is twice, 0.5 half of the rows, the same "
+        "ones in each pass. A row counts as often in the posterior.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_alone(cls, values: Any) -> Any:
+        """The name of a source alone stands for one that is drawn once."""
+        return {"path": str(values)} if isinstance(values, (str, Path)) else values
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, str | float]:
+        return self.path if self.weight == 1 else {"path": self.path, "weight": self.weight}
+
+
 class FinetuneConfig(Config):
     """Settings of one fine-tune: the YAML keys of `bmerge finetune`.
 
@@ -30,13 +74,23 @@ class FinetuneConfig(Config):
 
     model: str = Field(description="Model to train: a folder or Hub id.")
     output: str = Field(description="Folder to write.")
-    data: str | tuple[str, ...] = Field(
-        description="Rows of text: a file, folder or Hub data set, or a list of them."
+    data: tuple[DataSource, ...] = Field(
+        min_length=1,
+        description="Rows: a file, folder or Hub data set, or a list of them, each of which may be "
+        "`{path: ..., weight: ...}`.",
     )
     where: dict[str, Any] | None = Field(
         None, description="Keep only the rows with these values, `{column: value}`."
     )
-    text_column: str = Field("text", description="Column of the text.")
+    text_column: TextColumn = None
+    messages_column: MessagesColumn = None
+    prompt_column: PromptColumn = None
+    completion_column: CompletionColumn = None
+    chat_template: str | None = Field(
+        None,
+        description="File with a Jinja template for conversations, instead of the tokenizer's own; "
+        "it is stored with the tokenizer.",
+    )
     label_column: str = Field("label", description="Column of the label.")
     max_rows: int | None = Field(None, ge=1, description="Number of rows at most, from the front.")
     task: Task = Field(
@@ -52,10 +106,35 @@ class FinetuneConfig(Config):
     max_length: int = Field(
         512, ge=2, description="Tokens of a row at most; no more than the model's context."
     )
-    pack: bool = Field(
+    pack: Annotated[Literal[False, "documents", "joined"], BeforeValidator(say_what_pack_was)] = (
+        Field(
+            False,
+            description="Language models: instead of one row an example, `documents` puts several "
+            "into `max_length` tokens and keeps them apart, with the loss of unpacked rows; "
+            "`joined` joins texts by EOS and cuts blocks, in which a text sees those before it.",
+        )
+    )
+    eval_data: str | tuple[str, ...] | None = Field(
+        None,
+        description="Held-out rows, read like `data` and without `max_rows`: their loss and "
+        "perplexity, or accuracy, are logged during training.",
+    )
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps from one evaluation to the next; by default `save_steps`, or else "
+        "`logging_steps`. The end is evaluated always.",
+    )
+    load_best: bool = Field(
         False,
-        description="Language models: join rows by EOS and cut blocks of `max_length`, instead of "
-        "one row an example.",
+        description="Store the model and the posterior of the checkpoint with the lowest loss on "
+        "`eval_data`. Needs `save_steps`.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop when this number of evaluations in a row had no lower loss than the best "
+        "one before.",
     )
     optimizer: Literal["ivon", "adamw"] = Field("ivon", description="`ivon` or `adamw`.")
     learning_rate: float | None = Field(
@@ -149,6 +228,15 @@ class FinetuneConfig(Config):
     bf16: bool = Field(
         False, description="Compute in bfloat16, with parameters in their own dtype."
     )
+    attn_implementation: (
+        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = Field(
+        None, description="Attention by its name in transformers; by default what it chooses."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
+    torch_compile: bool = Field(False, description="Compile the model with torch.compile.")
     logging_steps: int = Field(50, ge=1, description="Steps from one line of the log to the next.")
     save_steps: int | None = Field(
         None,
@@ -181,6 +269,28 @@ class FinetuneConfig(Config):
     trust_remote_code: TrustRemoteCode = False
     force: Force = False
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Where the training data come from."""
+        return tuple(source.path for source in self.data)
+
+    @property
+    def eval_sources(self) -> tuple[str, ...]:
+        """The sources of the held-out data; none without any."""
+        return (self.eval_data,) if isinstance(self.eval_data, str) else self.eval_data or ()
+
+    @property
+    def columns(self) -> Columns:
+        """The columns that are named."""
+        return Columns(
+            self.text_column, self.messages_column, self.prompt_column, self.completion_column
+        )
+
+    @property
+    def evaluates_every(self) -> int:
+        """Steps from one evaluation to the next, where there is held-out data."""
+        return self.eval_steps or self.save_steps or self.logging_steps
+
 
 class FinetuneReport(Frozen):
     """What a fine-tune produced.
@@ -193,6 +303,8 @@ class FinetuneReport(Frozen):
         unit: What an observation is: a token or an example.
         estimator: What made the precision; None if none was stored.
         health: Statistics of the posterior and of the training noise.
+        evaluation: `loss` and `perplexity`, or `accuracy`, of the stored model on `eval_data`.
+        best_step: Step of the stored checkpoint where `load_best` chose it.
     """
 
     path: Path
@@ -202,3 +314,5 @@ class FinetuneReport(Frozen):
     unit: str
     estimator: str | None
     health: dict[str, float]
+    evaluation: dict[str, float] = {}
+    best_step: int | None = None

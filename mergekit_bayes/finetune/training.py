@@ -11,6 +11,7 @@ from mergekit_bayes.finetune.rates import learning_rate
 from mergekit_bayes.finetune.refusals import refuse_accelerator
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.encode import Collate
+from mergekit_bayes.models.packing import refuse_leaks
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.ranks import COLLECTIVE_TIMEOUT, refuse_other_processes
 from mergekit_bayes.trainer import classification_loss
@@ -47,6 +48,14 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, quiet: bool) -> 
         logging_steps=config.logging_steps,
         save_strategy="no" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
+        eval_strategy="no" if config.eval_data is None else "steps",
+        eval_steps=config.evaluates_every,
+        load_best_model_at_end=config.load_best,
+        metric_for_best_model="eval_loss" if config.load_best else None,
+        greater_is_better=False if config.load_best else None,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},  # IVON goes back twice
+        torch_compile=config.torch_compile,
         seed=config.seed,
         bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
@@ -80,23 +89,29 @@ def make_trainer(
         ConfigError: A `report_to` that is unknown or not installed, or an accelerator with which
             the optimizer does not work.
     """
-    import transformers
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from mergekit_bayes.finetune.hooks import CheckpointMarker, IvonTrainer, ProgressBar
+    from mergekit_bayes.finetune.evaluation import BestCheckpoint, Patience
+    from mergekit_bayes.finetune.hooks import (
+        CheckpointMarker,
+        IvonTrainer,
+        PlainTrainer,
+        ProgressBar,
+    )
 
     config, loaded = run.config, run.loaded
     options: dict[str, object] = {
         "model": loaded.model,
         "args": arguments,
         "train_dataset": run.examples,
+        "eval_dataset": run.held_out or None,
         "data_collator": Collate(loaded.pad),
     }
     if loaded.task == "classification":
         options["compute_loss_func"] = classification_loss
     try:
         if run.choices.ivon is None:
-            trainer = transformers.Trainer(**options)
+            trainer = PlainTrainer(run, **options)
         else:
             optimizer = IVON, run.choices.ivon_arguments(config.seed)
             trainer = IvonTrainer(run, optimizer_cls_and_kwargs=optimizer, **options)
@@ -105,9 +120,15 @@ def make_trainer(
             raise ConfigError(f"report_to: {str(error).splitlines()[0]}") from None
         raise
     refuse_accelerator(trainer.accelerator, ivon=run.choices.ivon is not None)
+    if config.pack == "documents":
+        refuse_leaks(loaded)  # on the device where the Trainer has put the model
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(CheckpointMarker(trainer, run.identity, loss_before))
+    if config.load_best:
+        trainer.add_callback(BestCheckpoint())
+    if config.patience is not None:
+        trainer.add_callback(Patience(config.patience))
     if not quiet:
-        trainer.add_callback(ProgressBar(run.choices.summary(run.unit)))
+        trainer.add_callback(ProgressBar("\n".join((*run.notes, run.choices.summary(run.unit)))))
     return trainer

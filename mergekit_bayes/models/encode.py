@@ -1,14 +1,14 @@
-"""Check rows of text, encode them as token ids with labels, and cut them into batches."""
+"""Encode rows of text as token ids with labels, and cut them into batches."""
 
-import datetime
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import MismatchError, shown
 from mergekit_bayes.libraries import token_ids
+from mergekit_bayes.models.cells import check_texts
 from mergekit_bayes.models.load import Loaded
 
 if TYPE_CHECKING:
@@ -17,12 +17,26 @@ if TYPE_CHECKING:
 IGNORED = -100  # a label that no loss counts, transformers' convention
 Example: TypeAlias = Mapping[str, Any]  # `input_ids`, a list; `labels`, a list or one number
 
-FORMS = {  # columns of conversations and of pairs, as they are published
-    "messages": "conversations (`messages`)",
-    "conversations": "conversations (`conversations`)",
-    "prompt": "pairs (`prompt` and `completion`)",
-    "completion": "pairs (`prompt` and `completion`)",
-}
+
+class Encoding(NamedTuple):
+    """Examples of some rows, and what was lost on the way.
+
+    Attributes:
+        examples: Lists of `input_ids` and `labels` of a language model, where a label of `IGNORED`
+            is not scored; `labels` of a classifier is one number.
+        rows: Number of examples before any was left out.
+        tokens: Tokens before any was cut.
+        cut: Number of examples that were longer than the limit.
+        lost: Tokens that these had beyond it.
+        unscored: Number of examples that were left out, since no token of theirs is scored.
+    """
+
+    examples: list[dict[str, Any]]
+    rows: int
+    tokens: int
+    cut: int = 0
+    lost: int = 0
+    unscored: int = 0
 
 
 def encode_rows(
@@ -56,32 +70,38 @@ def encode_rows(
             anything to learn from.
     """
     try:
-        return _encode(rows, loaded, text, label, min(max_length, loaded.context), pack=pack)
+        encoding = encode_texts(
+            rows, loaded, text=text, label=label, max_length=max_length, pack=pack
+        )
+        refuse_unscored(encoding.examples, text)
     except MismatchError as error:
         if source is None:
             raise
         names = [source] if isinstance(source, str) else source
         raise MismatchError(f"{', '.join(repr(name) for name in names)}: {error}") from None
+    return encoding.examples
 
 
-def _encode(
+def encode_texts(
     rows: Mapping[str, Sequence[object]],
     loaded: Loaded,
-    text: str,
-    label: str | None,
-    max_length: int,
     *,
-    pack: bool,
-) -> list[dict[str, Any]]:
+    text: str,
+    label: str | None = None,
+    max_length: int = 512,
+    pack: bool = False,
+) -> Encoding:
+    """Tokenise rows as `encode_rows` does, and count what was cut. There may be no example.
+
+    Raises:
+        CheckpointError: The tokenizer of a language model has no token to start a document from.
+        MismatchError: A text is not text, or a label is not one of the classifier's.
+    """
+    max_length = min(max_length, loaded.context)
     texts = check_texts(rows[text], text)
     if loaded.task == "classification":
-        encoded = tokens_of(texts, loaded, text, max_length=max_length)
-        examples: list[dict[str, Any]] = [{"input_ids": ids} for ids in encoded]
-        if label is not None:
-            labels = label_ids(rows[label], loaded.model, label)
-            for example, value in zip(examples, labels, strict=True):
-                example["labels"] = value
-        return examples
+        labels = None if label is None else label_ids(rows[label], loaded.model, label)
+        return _encode_labelled(texts, labels, loaded, text, max_length)
     start = loaded.start  # before any text is tokenised, which may take minutes
     encoded = token_ids(
         loaded.model,
@@ -90,12 +110,55 @@ def _encode(
     eos = loaded.tokenizer.eos_token_id
     ending = [] if eos is None else [eos]
     if not pack:
-        documents = [[start, *ids, *ending][:max_length] for ids in encoded]
-        return _scored(documents, text)
+        documents = [[start, *ids, *ending] for ids in encoded]
+        return cut_documents([(ids, ids) for ids in documents], max_length)
     stream = [start, *(token for ids in encoded for token in (*ids, *ending))]
     # A block starts with the token before it, so that every token is scored once.
     firsts = range(0, len(stream) - 1, max_length - 1)
-    return _scored([stream[first : first + max_length] for first in firsts], text)
+    blocks = [stream[first : first + max_length] for first in firsts]
+    return cut_documents([(block, block) for block in blocks], max_length)
+
+
+def cut_documents(documents: Sequence[tuple[list[int], list[int]]], max_length: int) -> Encoding:
+    """Cut documents of a language model at a length, and leave out those without a scored token.
+
+    The first token of a document is never scored: nothing predicts it.
+
+    Args:
+        documents: Tokens and labels of each, of one length; a label is its token, or `IGNORED`.
+        max_length: Tokens of a document at most.
+    """
+    examples, tokens, cut, lost = [], 0, 0, 0
+    for ids, labels in documents:
+        tokens += len(ids)
+        if len(ids) > max_length:
+            cut, lost = cut + 1, lost + len(ids) - max_length
+        kept = ids[:max_length]
+        example = {"input_ids": kept, "labels": kept if labels is ids else labels[:max_length]}
+        if scored_tokens(example) > 0:
+            examples.append(example)
+    return Encoding(examples, len(documents), tokens, cut, lost, len(documents) - len(examples))
+
+
+def _encode_labelled(
+    texts: list[str], labels: list[int] | None, loaded: Loaded, column: str, max_length: int
+) -> Encoding:
+    encoded = tokens_of(texts, loaded, column, max_length=max_length)
+    examples: list[dict[str, Any]] = [{"input_ids": ids} for ids in encoded]
+    for example, value in zip(examples, labels or [], strict=labels is not None):
+        example["labels"] = value
+    # Those that fill the limit may have been cut there.
+    full = [text for text, ids in zip(texts, encoded, strict=True) if len(ids) == max_length]
+    whole = [len(ids) - max_length for ids in _uncut(full, loaded)]
+    cut = [extra for extra in whole if extra > 0]
+    tokens = sum(map(len, encoded)) + sum(cut)
+    return Encoding(examples, len(texts), tokens, len(cut), sum(cut))
+
+
+def _uncut(texts: list[str], loaded: Loaded) -> list[list[int]]:
+    if not texts:
+        return []
+    return token_ids(loaded.model, lambda: loaded.tokenizer(texts, verbose=False)["input_ids"])
 
 
 def tokens_of(
@@ -127,80 +190,17 @@ def tokens_of(
     return encoded
 
 
-def _scored(documents: Sequence[list[int]], column: str) -> list[dict[str, Any]]:
-    """Examples of the documents that have a token to predict.
+def refuse_unscored(examples: Sequence[Example], column: str) -> None:
+    """Refuse rows of which none has a token to predict.
 
     Raises:
-        MismatchError: None has one.
+        MismatchError: There is no example.
     """
-    examples = [{"input_ids": ids, "labels": ids} for ids in documents if len(ids) > 1]
     if not examples:
         raise MismatchError(
             f"no row has a token to predict: the texts in column '{column}' are empty, or the "
             "tokenizer makes nothing of them."
         )
-    return examples
-
-
-def check_texts(
-    values: Iterable[object],
-    column: str,
-    source: str | None = None,
-    numbers: Sequence[int] | None = None,
-    *,
-    empty_is_null: bool = False,
-) -> list[str]:
-    """The values as a list, if every one of them is text.
-
-    Args:
-        values: Values of the column, row by row.
-        column: Name of the column, for the message.
-        source: File or data set that they come from, for the message.
-        numbers: Number of each row in the source; by default they count from 1.
-        empty_is_null: The source cannot tell the empty string from null, as CSV.
-
-    Raises:
-        MismatchError: A value is not text. The message names its row and its type.
-    """
-    texts = []
-    for i, value in enumerate(values):
-        if not isinstance(value, str):
-            number = i + 1 if numbers is None else numbers[i]
-            raise MismatchError(
-                f"{_row(source, number)}: '{column}' is {_described(value)}, expected text. "
-                f"{_advice(column, value, empty_is_null=empty_is_null)}"
-            )
-        texts.append(value)
-    return texts
-
-
-def check_labels(
-    values: Iterable[object],
-    column: str,
-    source: str | None = None,
-    numbers: Sequence[int] | None = None,
-) -> list[str | int]:
-    """The values as a list, if every one of them is a label: text or a whole number.
-
-    The arguments are those of `check_texts`.
-
-    Raises:
-        MismatchError: A value is neither. A missing label is named first, since it makes the
-            numbers of a column fractional.
-    """
-    labels: list[str | int] = []
-    wrong: tuple[int, object] | None = None
-    for i, value in enumerate(values):
-        if isinstance(value, (str, int)):
-            labels.append(value)
-        elif wrong is None or (value is None and wrong[1] is not None):
-            wrong = i + 1 if numbers is None else numbers[i], value
-    if wrong is not None:
-        raise MismatchError(
-            f"{_row(source, wrong[0])}: '{column}' is {_described(wrong[1])}, expected a label: "
-            "a whole number or a name."
-        )
-    return labels
 
 
 def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -> list[int]:
@@ -230,11 +230,19 @@ def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -
     return result
 
 
+def scored_tokens(example: Example) -> int:
+    """Number of tokens of a language model's example that are scored; the first one never is."""
+    ids, labels = example["input_ids"], example.get("labels")
+    if labels is None or labels is ids or isinstance(labels, int):
+        return len(ids) - 1
+    return sum(label != IGNORED for label in labels[1:])
+
+
 def observations(examples: Sequence[Example], task: str) -> int:
     """Count the observations in a set of examples: rows of a classifier, else scored tokens."""
     if task == "classification":
         return len(examples)
-    return sum(len(e["input_ids"]) - 1 for e in examples)
+    return sum(map(scored_tokens, examples))
 
 
 class Collate:
@@ -244,6 +252,10 @@ class Collate:
     nothing predicts it: transformers' Trainer would count it for models whose class names no loss
     (GPT-2 is one), and divide the loss by too many tokens.
 
+    Packed examples have `position_ids`, which start again at 0 with each document. transformers
+    keeps documents apart by them, but only where there is no attention mask: padding is one more
+    document at the end then, whose tokens are not scored.
+
     Args:
         pad: The token that fills short rows.
     """
@@ -252,7 +264,7 @@ class Collate:
         self.pad = pad
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """A batch of `input_ids`, `attention_mask` and, where the examples have them, `labels`."""
+        """A batch of `input_ids`, `attention_mask` or `position_ids`, and `labels` if any."""
         length = max(len(e["input_ids"]) for e in examples)
         ids = torch.full((len(examples), length), self.pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -264,6 +276,9 @@ class Collate:
             if isinstance(example.get("labels"), list):
                 labels[i, 1:n] = torch.tensor(example["labels"][1:])
         batch = {"input_ids": ids, "attention_mask": mask}
+        if "position_ids" in examples[0]:
+            rows = [[*e["position_ids"], *range(length - len(e["position_ids"]))] for e in examples]
+            batch = {"input_ids": ids, "position_ids": torch.tensor(rows)}
         if "labels" in examples[0]:
             by_token = isinstance(examples[0]["labels"], list)
             batch["labels"] = labels if by_token else torch.tensor([e["labels"] for e in examples])
@@ -280,63 +295,3 @@ def batches(
     """Consecutive batches of `size` examples on a device."""
     for i in range(0, len(examples), size):
         yield {name: t.to(device) for name, t in collate(examples[i : i + size]).items()}
-
-
-def _row(source: str | None, number: int) -> str:
-    return f"row {number}" if source is None else f"'{source}', row {number}"
-
-
-def _described(value: object) -> str:
-    """A value's type in words, with the value of a number."""
-    if value is None:
-        return "null (an empty cell, or null in JSON)"
-    if isinstance(value, bool):
-        return f"a truth value ({str(value).lower()})"
-    if isinstance(value, (int, float)):
-        return f"a number ({value})"
-    if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(str, value))}" if value else "an empty object"
-    if isinstance(value, (list, tuple)):
-        return "a list of messages" if _is_conversation(value) else "a list"
-    if isinstance(value, bytes):
-        return "binary data"
-    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta)):
-        return f"a date or a time ({value})"
-    return f"a value of type {type(value).__name__}"
-
-
-def _is_conversation(value: Sequence[object]) -> bool:
-    return bool(value) and all(isinstance(m, Mapping) and len(m) > 1 for m in value)
-
-
-def _advice(column: str, value: object, *, empty_is_null: bool) -> str:
-    """What to do about a value that is no text, without promising what is not there."""
-    if value is None:
-        return "Remove such rows" + ("." if empty_is_null else ", or write the empty string there.")
-    if isinstance(value, (list, tuple)) and _is_conversation(value):
-        return (
-            f"{not_read('messages')} Write each as one string, for example by its tokenizer's "
-            "apply_chat_template."
-        )
-    inside = [f"'{n}'" for n in _texts_inside(value, column)] if isinstance(value, Mapping) else []
-    if inside:
-        return f"Text inside it is named by a dot: {', '.join(inside)}."
-    return "Write a string there, or name another column."
-
-
-def _texts_inside(value: Mapping[str, object], name: str) -> Iterator[str]:
-    """The dotted names of the texts in an object."""
-    for key, part in value.items():
-        if isinstance(part, str):
-            yield f"{name}.{key}"
-        elif isinstance(part, Mapping):
-            yield from _texts_inside(part, f"{name}.{key}")
-
-
-def not_read(column: str) -> str:
-    """The sentence that the rows of such a column are not read.
-
-    Args:
-        column: One of `FORMS`.
-    """
-    return f"{FORMS[column][0].upper()}{FORMS[column][1:]} are not read yet."

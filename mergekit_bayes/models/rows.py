@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.libraries import call, reason
-from mergekit_bayes.models.data_files import (
-    CARDS,
-    LOADERS,
-    entry_of_card,
-    files_of,
-    one_file,
-)
-from mergekit_bayes.models.encode import FORMS, check_labels, check_texts, not_read
+from mergekit_bayes.models.cells import CONVERSATIONS, check_labels, check_texts
+from mergekit_bayes.models.data_files import CARDS, LOADERS, entry_of_card, files_of, one_file
 from mergekit_bayes.models.quiet import logged_from
 
 if TYPE_CHECKING:
@@ -28,8 +22,29 @@ _MISSING = object()
 _OPTIONS: dict[str, dict[str, object]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
 
 
-class _Table(NamedTuple):
-    """Rows of one source, the number of each in its file, from 1, and whether "" is null there."""
+class Wanted(NamedTuple):
+    """What is read of a source.
+
+    Attributes:
+        columns: Columns that it must have. If any is named here or below, the others are dropped.
+        text: A column that must hold text in every row that is kept.
+        label: A column that must hold text or whole numbers in every row that is kept.
+    """
+
+    columns: tuple[str, ...] = ()
+    text: str | None = None
+    label: str | None = None
+
+
+class Table(NamedTuple):
+    """Rows of one source.
+
+    Attributes:
+        name: The source.
+        rows: Its rows.
+        numbers: The number of each in its file, from 1.
+        empty_is_null: Whether "" is null there.
+    """
 
     name: str
     rows: "Dataset"
@@ -53,10 +68,9 @@ def load_rows(
             can load, or Hub data sets (their `train` split). A file named twice counts twice.
         where: Keeps the rows whose columns equal these values, or are in a list of them.
         max_rows: Keeps at most this many rows, from the front.
-        columns: Columns that every source must have. If any column is named here or below, the
-            others are dropped.
-        text: A column that must hold text in every row that is kept.
-        label: A column that must hold text or whole numbers in every row that is kept.
+        columns: As `Wanted` has it for each source, as the next two.
+        text: Likewise.
+        label: Likewise.
 
     A column inside objects is named with a dot: `prompt.text`. Where the column of texts holds
     objects, their key `text` is read. `where` looks at the columns as they are in the file.
@@ -64,38 +78,64 @@ def load_rows(
     Raises:
         CheckpointError: A file cannot be read.
         ConfigError: No data is named.
-        MismatchError: A column is missing, a text is not text, a label is no label, or no row is
-            left.
+        MismatchError: A column or every row is missing, or a text or a label is none.
     """
     from datasets import concatenate_datasets
 
+    wanted = Wanted(tuple(columns), text, label)
+    tables = load_tables(refs, lambda _, __: wanted, where=where, max_rows=max_rows)
+    # A source from which nothing is left may have columns of another type.
+    filled = [table.rows for table in tables if len(table.rows)]
+    try:
+        return concatenate_datasets(filled) if len(filled) > 1 else filled[0]
+    except ValueError:
+        types = "; ".join(f"{table.name}: {dict(table.rows.features)}" for table in tables)
+        raise MismatchError(f"the columns have different types ({types}).") from None
+
+
+def load_tables(
+    refs: str | Sequence[str],
+    choose: "Callable[[str, Dataset], Wanted]",
+    *,
+    where: Mapping[str, object] | None = None,
+    max_rows: int | None = None,
+) -> list[Table]:
+    """Read rows as `load_rows` does, and keep those of each source apart.
+
+    Args:
+        refs: As `load_rows` takes them, with `where` and `max_rows`, which counts all sources.
+        choose: Says what is read of a source, by its name and its rows as they are in the file.
+        where: Which rows.
+        max_rows: How many of them at most.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+        ConfigError: No data is named.
+        MismatchError: As `load_rows`.
+    """
     names = [refs] if isinstance(refs, str) else list(refs)
     if not names:
         raise ConfigError("no data was named.")
-    named = [column for column in (text, label) if column is not None]
-    kept = tuple(dict.fromkeys([*columns, *named]))
     tables, left = [], max_rows
     for name in names:
-        table = _choose(_read(name), name, where or {}, kept, text)
+        rows = _read(name)
+        columns, text, label = wanted = choose(name, rows)
+        named = [column for column in (text, label) if column is not None]
+        kept = tuple(dict.fromkeys([*columns, *named]))
+        table = _choose(rows, name, where or {}, kept, text)
         if left is not None:
             count = min(left, len(table.rows))
             table = table._replace(rows=table.rows.select(range(count)))
             left -= count
-        tables.append(_checked(table, text, label))
-    # A source from which nothing is left may have columns of another type.
-    filled = [rows for rows in tables if len(rows)]
-    if not filled:
+        tables.append(_checked(table, wanted))
+    if not any(len(table.rows) for table in tables):
         condition = " where " + " and ".join(f"{c}={v}" for c, v in where.items()) if where else ""
         raise MismatchError(f"no row of {', '.join(names)} is left{condition}.")
-    try:
-        return concatenate_datasets(filled) if len(filled) > 1 else filled[0]
-    except ValueError:
-        types = "; ".join(f"{n}: {dict(t.features)}" for n, t in zip(names, tables, strict=True))
-        raise MismatchError(f"the columns have different types ({types}).") from None
+    return tables
 
 
-def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
-    """The rows, after their text and their label were checked.
+def _checked(table: Table, wanted: Wanted) -> Table:
+    """The table, after its text and its label were checked.
 
     Readers give texts and labels several types (a large string, JSON), which cannot be joined: what
     is checked has one.
@@ -103,16 +143,17 @@ def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
     from datasets import Json, Value
 
     name, rows, numbers, empty_is_null = table
+    text, label = wanted.text, wanted.label
     if text is not None:
-        values = _read_out(rows[text], text, name)
+        values = read_out(rows[text], text, name)
         texts = check_texts(values, text, name, numbers, empty_is_null=empty_is_null)
         if rows.features[text] != Value("string"):
             rows = _with_column(rows, text, texts)
     if label is not None:
-        labels = check_labels(_read_out(rows[label], label, name), label, name, numbers)
+        labels = check_labels(read_out(rows[label], label, name), label, name, numbers)
         if isinstance(rows.features[label], Json):
             rows = _with_column(rows, label, labels)
-    return rows
+    return table._replace(rows=rows)
 
 
 def _with_column(rows: "Dataset", name: str, values: Sequence[object]) -> "Dataset":
@@ -236,7 +277,7 @@ def _choose(
     where: Mapping[str, object],
     columns: Sequence[str],
     text: str | None,
-) -> _Table:
+) -> Table:
     """The rows that match `where`, with the named columns only."""
     found = {column: _values(rows, column, name) for column in [*columns, *where]}
     for column, values in found.items():
@@ -249,7 +290,7 @@ def _choose(
     numbers: Sequence[int] = range(1, len(rows) + 1)
     if where:
         candidates = zip(
-            *(_read_out(found[column] or (), column, name) for column in where), strict=True
+            *(read_out(found[column] or (), column, name) for column in where), strict=True
         )
         matching = [
             i
@@ -259,7 +300,7 @@ def _choose(
         rows, numbers = rows.select(matching), [i + 1 for i in matching]
     rows = _open_objects(rows, columns, text, name)
     kept = rows.select_columns(list(columns)) if columns else rows
-    return _Table(name, kept, numbers, empty_is_null)
+    return Table(name, kept, numbers, empty_is_null)
 
 
 def _values(rows: "Dataset", column: str, name: str) -> Sequence[object] | None:
@@ -271,14 +312,14 @@ def _values(rows: "Dataset", column: str, name: str) -> Sequence[object] | None:
         values: Sequence[object] = rows[column]  # read where it is iterated
         return values
     outer = [name for name in rows.column_names if column.startswith(f"{name}.")]
-    objects = _read_out(rows.select_columns(outer), column, name) if outer else []
+    objects = read_out(rows.select_columns(outer), column, name) if outer else []
     found = [_inside(row, column) for row in objects] or [_MISSING]
     if all(value is _MISSING for value in found):
         return None
     return [None if value is _MISSING else value for value in found]
 
 
-def _read_out(values: Iterable[object], column: str, name: str) -> list[object]:
+def read_out(values: Iterable[object], column: str, name: str) -> list[object]:
     """The values of a column, some of which a file may hold in no form of Python's.
 
     Raises:
@@ -313,7 +354,7 @@ def _open_objects(
         if column not in rows.column_names:
             rows = _with_column(rows, column, _values(rows, column, name) or [None] * len(rows))
     if text is not None and not isinstance(rows.features[text], Value):
-        rows = _with_column(rows, text, [_text_of(v) for v in _read_out(rows[text], text, name)])
+        rows = _with_column(rows, text, [_text_of(v) for v in read_out(rows[text], text, name)])
     return rows
 
 
@@ -332,15 +373,16 @@ def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
 
 
 def _columns_of_text(rows: "Dataset") -> str:
-    """Which columns would do as the text, and which known forms of rows are not read."""
+    """Which columns would do as the text, and that a column of conversations does not."""
     texts = [n for n, kind in _leaves(rows.features) if kind in ("string", "large_string")]
     inside = {name.partition(".")[0] for name in texts if "." in name}
-    forms = [not_read(c) for c in rows.column_names if c in FORMS and c not in inside]
+    chats = ("messages", "conversations")
+    advice = [CONVERSATIONS for c in rows.column_names if c in chats and c not in inside][:1]
     if texts:
-        forms.append(f"Columns of text: {', '.join(texts)}; name one as the text column.")
+        advice.append(f"Columns of text: {', '.join(texts)}; name one as the text column.")
     else:
-        forms.append("Write each row as one string in a column 'text'.")
-    return f" {' '.join(dict.fromkeys(forms))}"
+        advice.append("Write each row as one string in a column 'text'.")
+    return f" {' '.join(advice)}"
 
 
 def _leaves(features: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from mergekit_bayes.draws import mix
-from mergekit_bayes.optim.health import Entry, posterior_health
+from mergekit_bayes.optim.health import Entry, gradient_norm, posterior_health
 from mergekit_bayes.optim.moves import (
     Buffers,
     Moved,
@@ -364,6 +364,15 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         sharded = any(isinstance(p, DTensor) for p in parameters)
         return posterior_health(self._entries(), self.param_groups[0]["beta2"], sharded)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Norm of the mean over the samples of the gradients since the last step.
+
+        With sharded parameters this is a collective over all shards.
+        """
+        sampled = self._transient.sampled
+        return gradient_norm(sampled, sharded=any(isinstance(p, DTensor) for p in sampled))
 
     def _entries(self) -> Iterator[Entry]:
         for group in self.param_groups:

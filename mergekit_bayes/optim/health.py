@@ -1,12 +1,15 @@
 """Numbers that tell how much a posterior can be trusted."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local
 from mergekit_bayes.optim.state import ParameterState
 
@@ -59,6 +62,33 @@ def posterior_health(entries: Iterable[Entry], beta2: float, sharded: bool) -> d
         "bad_entries": float(bad),
         "sigma_over_rms": sorted(ratios)[len(ratios) // 2] if ratios else 0.0,
     }
+
+
+def gradient_norm(sampled: Mapping[Tensor, Sampled], sharded: bool) -> float:
+    """Norm of the mean gradient over the samples since the last step.
+
+    Args:
+        sampled: Sums over the samples by parameter.
+        sharded: Whether any parameter is sharded; then this is a collective over all ranks.
+    """
+    total = 0.0
+    for parameter, sums in sampled.items():
+        square = float(sums.grad.float().square().sum()) / max(1, sums.draws) ** 2
+        total += square / _copies(parameter) if sharded else square
+    if sharded:
+        totals: list[float] = [0.0] * dist.get_world_size()
+        dist.all_gather_object(totals, total)
+        total = sum(totals)
+    return math.sqrt(total)
+
+
+def _copies(parameter: Tensor) -> int:
+    """Number of ranks that have the same part of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return dist.get_world_size()
+    mesh = parameter.device_mesh
+    shards = [mesh.size(i) for i, place in enumerate(parameter.placements) if place.is_shard()]
+    return dist.get_world_size() // math.prod(shards)
 
 
 def curvature_noise(states: Iterable[tuple[ParameterState, float]]) -> float:

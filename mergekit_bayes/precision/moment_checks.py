@@ -19,6 +19,7 @@ _OF_A_PASS = {
     *("self_generated", "keep_generated", "random_tokens", "where", "text_column", "label_column"),
     *("blocks", "examples", "batch_size", "max_length", "seed", "sums", "device", "dtype"),
     *("num_processes", "resume", "save_every"),
+    *("messages_column", "prompt_column", "completion_column"),
 }
 TRAINER_STATE = "trainer_state.json"
 _NOTHING_RECORDED = (

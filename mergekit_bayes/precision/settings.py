@@ -6,6 +6,12 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field
 
 from mergekit_bayes.configs import Config
+from mergekit_bayes.models.columns import (
+    CompletionColumn,
+    MessagesColumn,
+    PromptColumn,
+    TextColumn,
+)
 from mergekit_bayes.models.load import Dtype, Task
 from mergekit_bayes.posterior.info import Pool
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
@@ -104,7 +110,10 @@ class PrecisionConfig(Config):
     where: dict[str, Any] | None = Field(
         None, description="COLUMN=VALUE: keep the rows with this value; repeatable."
     )
-    text_column: str = Field("text", description="Column of the text.")
+    text_column: TextColumn = None
+    messages_column: MessagesColumn = None
+    prompt_column: PromptColumn = None
+    completion_column: CompletionColumn = None
     label_column: str = Field(
         "label",
         description="Column of a classifier's label, which only fisher-empirical and ivon look at.",

@@ -21,6 +21,7 @@ from mergekit_bayes.curvature.table import LABELLED
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.generation import write_texts
 from mergekit_bayes.libraries import embedding_rows
+from mergekit_bayes.models.columns import Columns
 from mergekit_bayes.models.encode import encode_rows
 from mergekit_bayes.models.examples import Encoded, read_examples
 from mergekit_bayes.models.load import Loaded, other_head
@@ -39,7 +40,7 @@ class Source(NamedTuple):
         name: Where the examples come from.
         examples: Encoded rows, as `encode_rows` makes them.
         record: What the posterior says of the source; of rows it says nothing.
-        notes: What was left out of it.
+        notes: What was guessed of it, cut or left out.
     """
 
     name: Literal["data", "self-generated", "random-tokens"]
@@ -117,8 +118,8 @@ def read_source(config: PrecisionConfig, loaded: Loaded) -> Source:
     if config.estimator == "fisher-exact":
         refuse_outputs(_outputs(loaded))
     if config.data is not None:
-        rows, examples, blank = _read_rows(config, loaded)
-        return Source("data", examples, {}, _left_out(blank, rows + blank, "rows"))
+        rows, examples, blank, notes = _read_rows(config, loaded)
+        return Source("data", examples, {}, (*_left_out(blank, rows + blank, "rows"), *notes))
     source: Literal["self-generated", "random-tokens"]
     source = "random-tokens" if config.self_generated is None else "self-generated"
     if loaded.task == "classification":
@@ -184,7 +185,12 @@ def _read_rows(config: PrecisionConfig, loaded: Loaded) -> Encoded:
         return read_examples(
             config.data,
             loaded,
-            text=config.text_column,
+            columns=Columns(
+                config.text_column,
+                config.messages_column,
+                config.prompt_column,
+                config.completion_column,
+            ),
             label=label,
             where=config.where,
             max_length=config.max_length,

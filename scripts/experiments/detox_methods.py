@@ -303,7 +303,7 @@ def adapt_config(world: World, method: Method, condition: str, seed: int, output
         **{
             "model": str(start),
             "output": str(output),
-            "pack": True,
+            "pack": "joined",
             "max_length": CONTEXT,
             "batch_size": 16,
             "posterior": "none",

@@ -277,7 +277,7 @@ def finetune(world: World, text: str, seed: int) -> None:
             max_steps=world.size.times(300),
             batch_size=16,
             max_length=CONTEXT,
-            pack=True,
+            pack="joined",
             seed=seed,
         ),
         quiet=True,

@@ -224,7 +224,7 @@ class LanguageWorld(World):
     def training(self, text: str, steps: int, seed: int, optimizer: str) -> JSON:
         """The settings of a training: of blocks that texts are packed into."""
         rate = {"learning_rate": RATE} if optimizer == "adamw" else {}
-        return super().training(text, steps, seed, optimizer) | {"pack": True} | rate
+        return super().training(text, steps, seed, optimizer) | {"pack": "joined"} | rate
 
     def precision(self, model: Step, text: str, estimator: str, seed: int) -> Step:
         """The precision of a model on the text that it was trained on, counted in its tokens.
