@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
@@ -16,10 +16,12 @@ from mergekit_bayes.models.devices import choose_device
 from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.examples import read_examples
 from mergekit_bayes.models.load import UNIT, Loaded, is_classifier, load_model
+from mergekit_bayes.models.places import kept_tensors, stored_places
 from mergekit_bayes.models.rows import load_rows
+from mergekit_bayes.models.sharding import all_ranks, shard
 from mergekit_bayes.posterior import Identity
 from mergekit_bayes.posterior.info import base_identity
-from mergekit_bayes.ranks import is_main, main_first
+from mergekit_bayes.ranks import in_step, in_turn, is_main, main_first, on_main
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,14 +76,40 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
         ConfigError: A model that cannot be trained, or an adapter that does not fit it.
         MismatchError: Data without the named columns or with unknown labels.
     """
-    loaded, examples, base = main_first(lambda: _load(config))
+    if config.shard:
+        loaded, examples, base, choices = _load_shards(config, processes)
+    else:
+        loaded, base = main_first(lambda: _load(config))
+        examples = main_first(lambda: _load_examples(config, loaded))
+        choices = choose(config, loaded, examples, processes)
     warn_of_rounding(config, loaded)
-    choices = choose(config, loaded, examples, processes)
     identity = identity_of(config, choices.record(), base, examples)
     return Run(config, loaded, examples, choices, base, identity)
 
 
-def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
+def _load_shards(
+    config: FinetuneConfig, processes: int
+) -> tuple[Loaded, Examples, Identity | None, Choices]:
+    """Load and shard the model in one process of a machine after the other: one holds it whole."""
+    mesh = in_step(all_ranks)
+
+    def load() -> tuple[Loaded, Identity | None, tuple[Examples, Choices] | None]:
+        loaded, base = _load(config)
+        first = None
+        if is_main():  # choices are of whole weights
+            examples = _load_examples(config, loaded)
+            first = examples, choose(config, loaded, examples, processes)
+        if not hasattr(loaded.model, "peft_config"):  # of which all is stored at once
+            stored_places(loaded.model, kept_tensors(loaded.model))
+        shard(loaded.model, mesh, config.model, "Leave shard out, or start one process.")
+        return loaded, base, first
+
+    loaded, base, first = in_turn(load)
+    examples = in_step(lambda: _load_examples(config, loaded) if first is None else first[0])
+    return loaded, examples, base, on_main(lambda: cast(Any, first)[1])
+
+
+def _load(config: FinetuneConfig) -> tuple[Loaded, Identity | None]:
     loaded = load_base(config)
     if config.lora is not None:
         model = with_lora(loaded, config.lora, config.model)
@@ -90,7 +118,7 @@ def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
     if loaded.task == "classification":
         # Whoever reads the head later must not guess from its labels' names how it was trained.
         loaded.model.config.problem_type = "single_label_classification"
-    return loaded, _load_examples(config, loaded), base_identity(loaded.path)
+    return loaded, base_identity(loaded.path)
 
 
 def load_base(config: FinetuneConfig) -> Loaded:

@@ -13,11 +13,16 @@ from transformers.trainer_callback import ProgressCallback
 from mergekit_bayes.finetune.checkpoints import mark_whole
 from mergekit_bayes.finetune.data import Run
 from mergekit_bayes.finetune.health import LOGGED, HealthMonitor
+from mergekit_bayes.finetune.shard_files import ShardsMixin
 from mergekit_bayes.ranks import mean_over_ranks
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 
 
-class IvonTrainer(IvonTrainerMixin, Trainer):  # type: ignore[misc]
+class PlainTrainer(ShardsMixin, Trainer):  # type: ignore[misc]
+    """The Trainer with AdamW."""
+
+
+class IvonTrainer(IvonTrainerMixin, ShardsMixin, Trainer):  # type: ignore[misc]
     """The Trainer with IVON, whose log holds the posterior's health beside the loss."""
 
     def __init__(self, run: Run, **arguments: object) -> None:

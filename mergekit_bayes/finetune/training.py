@@ -80,10 +80,14 @@ def make_trainer(
         ConfigError: A `report_to` that is unknown or not installed, or an accelerator with which
             the optimizer does not work.
     """
-    import transformers
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from mergekit_bayes.finetune.hooks import CheckpointMarker, IvonTrainer, ProgressBar
+    from mergekit_bayes.finetune.hooks import (
+        CheckpointMarker,
+        IvonTrainer,
+        PlainTrainer,
+        ProgressBar,
+    )
 
     config, loaded = run.config, run.loaded
     options: dict[str, object] = {
@@ -96,7 +100,7 @@ def make_trainer(
         options["compute_loss_func"] = classification_loss
     try:
         if run.choices.ivon is None:
-            trainer = transformers.Trainer(**options)
+            trainer = PlainTrainer(**options)
         else:
             optimizer = IVON, run.choices.ivon_arguments(config.seed)
             trainer = IvonTrainer(run, optimizer_cls_and_kwargs=optimizer, **options)
