@@ -85,6 +85,7 @@ class Gathered:
 
     def precision(self) -> dict[str, Later]:
         """The precision of every trained tensor, under the names that are stored."""
+
         def entries(asked: _Asked, part: str) -> Array:
             values: Array = self._stored(asked, part).float().numpy()
             return values
@@ -117,9 +118,9 @@ class Gathered:
         for file, parts in zip(names, files, strict=True):
             own = {part: specs[part] for part in parts}
             with SafetensorsSink(folder / file, own, {"format": "pt"}) as sink:
-                for part in parts:
-                    tensor = self._stored(_Asked("weight", owners[part]), part)
-                    sink.write_bytes(part, 0, stored_bytes(tensor))
+                for part in parts:  # nothing here may name a tensor, which would then stay
+                    asked = _Asked("weight", owners[part])
+                    sink.write_bytes(part, 0, stored_bytes(self._stored(asked, part)))
         if len(files) > 1:
             total = sum(spec.nbytes for spec in specs.values())
             write_index(folder, "model", dict(zip(names, files, strict=True)), total)

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -65,7 +64,7 @@ class ShardsMixin:
         if is_sharded(self.model):
             prepare = self.accelerator.prepare_model
             # As for an evaluation: the model gets its autocast, and no DDP around it.
-            self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)  # type: ignore[method-assign]
+            self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
         if not is_sharded(model):
@@ -262,8 +261,7 @@ def _read(
                     f"{file}: this rank's rows of '{name}' are {list(spec.shape)}, expected "
                     f"{list(expected)}. {_ADVICE}"
                 )
-            raw = np.empty(spec.nbytes, np.uint8)
-            source.read_bytes(name, 0, raw.data)
-            tensor = torch.from_numpy(raw).view(dtypes[spec.dtype]).reshape(spec.shape)
+            tensor = torch.empty(spec.shape, dtype=dtypes[spec.dtype])
+            source.read_bytes(name, 0, stored_bytes(tensor))  # into the tensor itself
             tensors.append((name, tensor))
         return tensors, source.metadata

@@ -162,9 +162,13 @@ def _write_set(
     specs = {name: TensorSpec("F32", part.shape) for name, part in parts.items()}
     with SafetensorsSink(path, specs, info.to_metadata()) as sink:
         for name, part in parts.items():
-            entries = part
-            if isinstance(entries, Later):
-                entries = entries.read()
-                _refuse_bad(name, [entries])
-            sink.write_bytes(name, 0, encode(entries.reshape(-1), "F32"))
+            sink.write_bytes(name, 0, _encoded(name, part))
     return specs
+
+
+def _encoded(name: str, part: Array | Later) -> memoryview:
+    """The bytes of a tensor of the file; one that is made now has not been looked at yet."""
+    if isinstance(part, Later):
+        part = part.read()
+        _refuse_bad(name, [part])
+    return encode(part.reshape(-1), "F32")
