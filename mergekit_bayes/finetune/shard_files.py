@@ -211,8 +211,9 @@ def _groups(metadata: Mapping[str, str], file: Path, count: int) -> list[dict[st
         groups = parse_json(metadata[_GROUPS])
     except (KeyError, ValueError):
         groups = None
-    if not isinstance(groups, list) or len(groups) != count:
-        raise CheckpointError(f"{file}: holds no {count} groups of an optimizer. {_ADVICE}")
+    is_list = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    if not isinstance(groups, list) or not is_list or len(groups) != count:
+        raise CheckpointError(f"{file}: does not hold the optimizer's settings. {_ADVICE}")
     return [{k: tuple(v) if isinstance(v, list) else v for k, v in g.items()} for g in groups]
 
 
