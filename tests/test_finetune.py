@@ -329,3 +329,30 @@ def test_bfloat16_weights_train_and_leave_a_float32_precision(tmp_path, data):
         assert {s.dtype for s in posterior.mean.specs.values()} == {"BF16"}
         assert {s.dtype for s in posterior.precision.specs.values()} == {"F32"}
         assert posterior.info.dtype == "bfloat16"
+
+
+def test_an_adapter_is_trained_on_a_base_of_four_bits(tmp_path, data):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    words = transformers.AutoTokenizer.from_pretrained(tiny_gpt2(tmp_path / "words"))
+    settings = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    coded = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    transformers.LlamaForCausalLM(settings).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=coded
+    )
+    model.save_pretrained(tmp_path / "coded")
+    words.save_pretrained(tmp_path / "coded")
+    settings = config(tmp_path, data, model=tmp_path / "coded", lora={"r": 2}, max_steps=3)
+    report = run_finetune(settings, quiet=True)
+    assert report.estimator == "ggn"
+    names = set(tiny.read(tmp_path / "out" / "posterior" / "precision.posterior"))
+    assert names
+    assert all("lora_" in name for name in names)

@@ -66,8 +66,8 @@ def refuse_shards(config: FinetuneConfig, environment: Mapping[str, str]) -> Non
     """
     if not has_devices():
         raise ConfigError(
-            "shard: this machine has no GPU to shard over, and accelerate cannot shard on the CPU. "
-            "Leave shard out; one process on the CPU needs no more memory than all shards together."
+            "shard: this machine has no GPU to shard over, and each process takes one. Leave shard "
+            "out: one process on the CPU needs no more memory than all shards together."
         )
     if not launched():
         raise ConfigError(

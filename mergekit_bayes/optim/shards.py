@@ -54,7 +54,8 @@ def whole_tensor(tensor: Tensor) -> Tensor | None:
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     if dist.is_initialized() and dist.get_rank() != 0:
         return None
-    return full.detach().to("cpu", copy=True)
+    is_shared = full.data_ptr() == local(tensor).data_ptr()  # nothing had to be gathered
+    return full.detach().to("cpu", copy=is_shared)
 
 
 def shard_index(parameter: Tensor) -> int:
