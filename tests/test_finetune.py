@@ -331,10 +331,11 @@ def test_bfloat16_weights_train_and_leave_a_float32_precision(tmp_path, data):
         assert posterior.info.dtype == "bfloat16"
 
 
-def test_an_adapter_is_trained_on_a_base_of_four_bits(tmp_path, data):
+def test_an_adapter_is_trained_on_a_base_of_four_bits(tmp_path, data, monkeypatch):
+    """By the script of docs/finetuning.md."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     words = transformers.AutoTokenizer.from_pretrained(tiny_gpt2(tmp_path / "words"))
-    settings = transformers.LlamaConfig(
+    shape = transformers.LlamaConfig(
         vocab_size=len(words),
         hidden_size=64,
         intermediate_size=128,
@@ -343,16 +344,16 @@ def test_an_adapter_is_trained_on_a_base_of_four_bits(tmp_path, data):
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
-    coded = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    transformers.LlamaForCausalLM(settings).save_pretrained(tmp_path / "base")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", quantization_config=coded
-    )
-    model.save_pretrained(tmp_path / "coded")
-    words.save_pretrained(tmp_path / "coded")
-    settings = config(tmp_path, data, model=tmp_path / "coded", lora={"r": 2}, max_steps=3)
+    transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path / "BASE")
+    words.save_pretrained(tmp_path / "BASE")
+    guide = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text()
+    script = guide.partition("### QLoRA")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    settings = config(tmp_path, data, model=tmp_path / "base-4bit", lora={"r": 2}, max_steps=3)
     report = run_finetune(settings, quiet=True)
     assert report.estimator == "ggn"
-    names = set(tiny.read(tmp_path / "out" / "posterior" / "precision.posterior"))
-    assert names
-    assert all("lora_" in name for name in names)
+    posterior = tiny.read(tmp_path / "out" / "posterior" / "precision.posterior")
+    assert all("lora_" in name for name in posterior)
+    # B starts at zero, and A has no curvature while it is there.
+    assert all(value.max() > 2 * report.health["precision_min"] for value in posterior.values())

@@ -167,8 +167,9 @@ def test_the_guide_s_first_settings_and_its_call_train(guide):
 
 
 def test_the_scripts_of_the_guide_run_as_they_stand(guide):
-    """They define all that they use; the second and third continue the first."""
-    _, trainer, loop, gather = guide("python")
+    """They define all that they use; those after the Trainer's continue it."""
+    _, coded, trainer, loop, gather = guide("python")
+    assert "BitsAndBytesConfig" in coded  # it is run where bitsandbytes is (tests/test_finetune.py)
     names = {}
     exec(trainer, names)
     parameters = {n for n, _ in names["model"].named_parameters()}
