@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 import yaml
@@ -330,3 +331,31 @@ def test_bfloat16_weights_train_and_leave_a_float32_precision(tmp_path, data):
         assert {s.dtype for s in posterior.mean.specs.values()} == {"BF16"}
         assert {s.dtype for s in posterior.precision.specs.values()} == {"F32"}
         assert posterior.info.dtype == "bfloat16"
+
+
+def test_an_adapter_is_trained_on_a_base_of_four_bits(tmp_path, data, monkeypatch):
+    """By the script of docs/finetuning.md."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    words = transformers.AutoTokenizer.from_pretrained(tiny_gpt2(tmp_path / "words"))
+    shape = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path / "BASE")
+    words.save_pretrained(tmp_path / "BASE")
+    guide = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text()
+    script = guide.partition("### QLoRA")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    settings = config(tmp_path, data, model=tmp_path / "base-4bit", lora={"r": 2}, max_steps=3)
+    report = run_finetune(settings, quiet=True)
+    assert report.estimator == "ggn"
+    names = set(tiny.read(tmp_path / "out" / "posterior" / "precision.posterior"))
+    factors = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert set(factors) == names
+    assert all(np.any(value) for value in factors.values())  # B starts at zero

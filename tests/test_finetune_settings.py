@@ -165,7 +165,8 @@ def test_the_guide_s_first_settings_and_its_call_train(guide):
 
 
 def test_the_script_of_the_guide_chooses_as_a_fine_tune(guide):
-    _, script = guide("python")
+    _, coded, script = guide("python")
+    assert "BitsAndBytesConfig" in coded  # it is run where bitsandbytes is (tests/test_finetune.py)
     exec(script, {})
     load_model("tuned")
     run_finetune(FinetuneConfig(model="base", data="mine.jsonl", output="ours", max_steps=4))

@@ -346,6 +346,8 @@ WRITERS = {
     "evaluate/files": "into the folder of `replacing`",
     "evaluate/panel_locks": "into the folder of `replacing`",
     "finetune/checkpoints": "into the folder of `replacing`",
+    "finetune/gathered": "into the folder of `replacing`",
+    "finetune/shard_files": "in a folder that make_own_folder has checked; own_files opens it",
     "finetune/store": "into the folder of `replacing`",
     "render": "to the device that holds nothing",
     "libraries": "into a file in memory",

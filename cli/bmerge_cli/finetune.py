@@ -24,6 +24,7 @@ NAME = "finetune"
     FinetuneConfig,
     option("resume"),
     option("num_processes", low=1),
+    option("shard"),
     option("trust_remote_code"),
     option("force"),
 )
@@ -45,7 +46,8 @@ def command(
     antithetic: true costs 2 times).
 
     On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main finetune
-    CONFIG.yaml
+    CONFIG.yaml. A model larger than one of them: --shard as well, or accelerate launch --use_fsdp
+    --fsdp_version 2
     """
     line = Line(NAME, config, overrides, settings, push_to, as_json, quiet)
     loaded = line.load(FinetuneConfig)

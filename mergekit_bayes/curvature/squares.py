@@ -125,7 +125,8 @@ def squared_gradients(
     rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
     begin = explained()(partial(State, here, keep, generator))
     state = in_step(begin) if ranks > 1 else begin()
-    whole = in_step(partial(whole_sums, parameters, keep)) if is_sharded else {}
+    is_gathered = is_sharded and keep.is_gathered
+    whole = in_step(partial(whole_sums, parameters, keep)) if is_gathered else {}
 
     def add(name: str, gradient: Tensor) -> None:
         state.sums.add(name, local(gradient) if is_sharded else gradient)
@@ -149,9 +150,11 @@ def squared_gradients(
     finally:
         model.train(was_training)
     observations, parts = state.observations, state.subsamples.parts()
-    if is_sharded:
+    if is_gathered:
         or_end(partial(gather_sums, state.sums.totals, whole))
         return Curvature(whole, observations, gather_parts(parts))
+    if is_sharded:
+        return Curvature(state.sums.totals, observations, parts)
     if ranks > 1:
         state.sums.add_over_ranks()
         counted = gather((observations, parts))

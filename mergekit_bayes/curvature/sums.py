@@ -43,6 +43,7 @@ class Keeping(NamedTuple):
         parts: Where the pass is saved, and gone on from.
         is_sharded: The parameters are sharded over the ranks, on their first axis. Only the first
             rank gets the sums then, in memory where they would lie on the device.
+        is_gathered: Where they are sharded: otherwise each rank keeps the sums of its own rows.
         matrices: By parameter name, the shape of a sum of products, (..., k, n, n), for those that
             have one in place of squares.
         blocks: k, where an estimator of matrices chooses their shapes.
@@ -55,6 +56,7 @@ class Keeping(NamedTuple):
     is_shared: bool = False
     parts: Parts | None = None
     is_sharded: bool = False
+    is_gathered: bool = True
     matrices: Mapping[str, tuple[int, ...]] = {}
     blocks: int = 1
     sketches: Mapping[str, tuple[int, ...]] = {}

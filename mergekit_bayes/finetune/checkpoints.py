@@ -47,6 +47,7 @@ _FREE = {
     "report_to",
     "keep_checkpoints",
     "num_processes",
+    "shard",  # added below where there are shards: older checkpoints do not name it
     "posterior",
     "flush_batches",
     "text_column",
@@ -286,6 +287,8 @@ def identity_of(
         name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE
     }
     settings |= {name: value for name, value in choices.items() if settings.get(name) is None}
+    if config.shard:
+        settings["shard"] = True
     settings |= {
         "model": base.blocks if base is not None else config.model,
         "data": digest(examples),

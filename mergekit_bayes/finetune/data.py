@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
@@ -19,10 +19,12 @@ from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.examples import Encoded, Weights, read_examples
 from mergekit_bayes.models.load import UNIT, Loaded, is_classifier, load_model
 from mergekit_bayes.models.packing import pack_documents
+from mergekit_bayes.models.places import kept_tensors, stored_places
 from mergekit_bayes.models.rows import load_rows
+from mergekit_bayes.models.sharding import all_ranks, shard
 from mergekit_bayes.posterior import Identity
 from mergekit_bayes.posterior.info import base_identity
-from mergekit_bayes.ranks import is_main, main_first
+from mergekit_bayes.ranks import in_step, in_turn, is_main, main_first, on_main
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,6 +33,14 @@ logger = logging.getLogger(__name__)
 
 _CLASSES = 65_536  # outputs of a new head
 Examples = list[dict[str, Any]]  # rows of `input_ids` and `labels`, as Python lists and numbers
+
+
+class _Rows(NamedTuple):
+    """Training data, held-out data and what is said of both, as `Run` has them."""
+
+    examples: Examples
+    held_out: Examples
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -81,14 +91,39 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
         ConfigError: A model that cannot be trained, or an adapter that does not fit it.
         MismatchError: Data without the named columns or with unknown labels.
     """
-    loaded, base = main_first(lambda: _load(config))
-    rows = main_first(lambda: _load_examples(config, loaded))
-    choices = choose(config, loaded, rows.examples, processes)
+    if config.shard:
+        loaded, rows, base, choices = _load_shards(config, processes)
+    else:
+        loaded, base = main_first(lambda: _load(config))
+        rows = main_first(lambda: _load_examples(config, loaded))
+        choices = choose(config, loaded, rows.examples, processes)
     warn_of_rounding(config, loaded)
     identity = identity_of(config, choices.record(), base, rows.examples)
     if rows.held_out:
         identity["eval_data"] = digest(rows.held_out)
     return Run(config, loaded, *rows, choices, base, identity)
+
+
+def _load_shards(
+    config: FinetuneConfig, processes: int
+) -> tuple[Loaded, _Rows, Identity | None, Choices]:
+    """Load and shard the model in one process of a machine after the other: one holds it whole."""
+    mesh = in_step(all_ranks)
+
+    def load() -> tuple[Loaded, Identity | None, tuple[_Rows, Choices] | None]:
+        loaded, base = _load(config)
+        first = None
+        if is_main():  # choices are of whole weights
+            rows = _load_examples(config, loaded)
+            first = rows, choose(config, loaded, rows.examples, processes)
+        if not hasattr(loaded.model, "peft_config"):  # of which all is stored at once
+            stored_places(loaded.model, kept_tensors(loaded.model))
+        shard(loaded.model, mesh, config.model, "Leave shard out, or start one process.")
+        return loaded, base, first
+
+    loaded, base, first = in_turn(load)
+    rows = in_step(lambda: _load_examples(config, loaded) if first is None else first[0])
+    return loaded, rows, base, on_main(lambda: cast(Any, first)[1])
 
 
 def _load(config: FinetuneConfig) -> tuple[Loaded, Identity | None]:
@@ -230,14 +265,6 @@ def with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> "PeftModel":
     commit = commit_in(name, loaded.path)
     stored.revision = commit or (revision if is_hub_id(name) else None) or None
     return model
-
-
-class _Rows(NamedTuple):
-    """Training data, held-out data and what is said of both, as `Run` has them."""
-
-    examples: Examples
-    held_out: Examples
-    notes: tuple[str, ...]
 
 
 def _load_examples(config: FinetuneConfig, loaded: Loaded) -> _Rows:

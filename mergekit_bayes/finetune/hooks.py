@@ -15,11 +15,12 @@ from mergekit_bayes.finetune.checkpoints import mark_whole
 from mergekit_bayes.finetune.data import Run
 from mergekit_bayes.finetune.evaluation import LOSS, Evaluated
 from mergekit_bayes.finetune.health import LOGGED, HealthMonitor
+from mergekit_bayes.finetune.shard_files import ShardsMixin
 from mergekit_bayes.ranks import mean_over_ranks
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 
 
-class PlainTrainer(Evaluated, Trainer):  # type: ignore[misc]
+class PlainTrainer(Evaluated, ShardsMixin, Trainer):  # type: ignore[misc]
     """The Trainer with AdamW."""
 
     def __init__(self, run: Run, **arguments: object) -> None:
@@ -27,7 +28,7 @@ class PlainTrainer(Evaluated, Trainer):  # type: ignore[misc]
         super().__init__(**arguments)
 
 
-class IvonTrainer(Evaluated, IvonTrainerMixin, Trainer):  # type: ignore[misc]
+class IvonTrainer(Evaluated, IvonTrainerMixin, ShardsMixin, Trainer):  # type: ignore[misc]
     """The Trainer with IVON, whose log holds the posterior's health beside the loss."""
 
     _logs_step_bound = True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_bayes.errors import ConfigError, did_you_mean
+from mergekit_bayes.finetune.fsdp import is_asked, is_on, refuse_coded, refuse_shards
 from mergekit_bayes.finetune.rates import refuse_rate
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.load import Loaded, other_head
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 
 # Below it the ess that keeps the first noise quiet, and so the prior, leaves float32.
 _LEAST_DECAY = 1e-20
-_REPLICAS = "Train replicas instead (--num-processes N, or accelerate launch --multi_gpu)"
+_ONLY_REPLICAS = (
+    "this command trains replicas (--num-processes N, or accelerate launch --multi_gpu). "
+    "Sharded training is that of bmerge finetune"
+)
+_SHARDS = (
+    "Train on shards by FSDP2 instead (shard: true, or accelerate launch --use_fsdp --fsdp_version "
+    "2), or replicas (--num-processes N, or accelerate launch --multi_gpu)"
+)
 _NO_FP16 = (
     "fp16 with a gradient scaler is switched on (by the launcher, if not by the settings), and "
     "IVON takes its gradients before they are unscaled. Use bf16 (bf16: true, or "
@@ -31,8 +39,7 @@ _NO_SHARDING = {
     "that no forward pass reads",
     "FSDP1": "FSDP1 keeps flat views of the weights, which have no names under which a posterior "
     "could be stored",
-    "FSDP2": "under FSDP2 bmerge finetune cannot yet write its model and posterior from shards "
-    "(the optimizer itself works on fully_shard, in a training script)",
+    "FSDP2": "its plugin has been set up beside this command, which shards the model itself",
 }
 
 
@@ -47,6 +54,8 @@ def refuse_before(config: FinetuneConfig) -> None:
     _refuse_settings(config)
     refuse_rate(config)
     refuse_launcher(config)
+    if config.shard:
+        refuse_shards(config, os.environ)
 
 
 def refuse_after(config: FinetuneConfig, loaded: Loaded) -> None:
@@ -57,22 +66,24 @@ def refuse_after(config: FinetuneConfig, loaded: Loaded) -> None:
     """
     _refuse_other_heads(loaded, config.model)
     refuse_quantised(loaded.model, config.model)
+    if config.shard:
+        refuse_coded(loaded, config.model)
 
 
 def refuse_launcher(config: FinetuneConfig, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse what a launcher has switched on by its environment variables.
 
     Raises:
-        ConfigError: DeepSpeed or FSDP; fp16 with IVON.
+        ConfigError: DeepSpeed, FSDP1, or FSDP2 for a run that does not train on shards; fp16 with
+            IVON.
     """
-
-    def is_on(name: str) -> bool:
-        return environment.get(name, "false").lower() in ("1", "true", "yes", "y", "on")
-
-    if is_on("ACCELERATE_USE_DEEPSPEED"):
+    if is_on("ACCELERATE_USE_DEEPSPEED", environment):
         raise _sharding_error("DeepSpeed")
-    if is_on("ACCELERATE_USE_FSDP"):
-        raise _sharding_error("FSDP2" if environment.get("FSDP_VERSION", "1") == "2" else "FSDP1")
+    if is_asked(environment):
+        if not config.shard:
+            raise ConfigError(f"FSDP2 is switched on by the launcher: {_ONLY_REPLICAS}.")
+    elif is_on("ACCELERATE_USE_FSDP", environment):
+        raise _sharding_error("FSDP1")
     if config.optimizer == "ivon" and environment.get("ACCELERATE_MIXED_PRECISION", "no") == "fp16":
         raise ConfigError(_NO_FP16)
 
@@ -178,5 +189,5 @@ def _refuse_other_heads(loaded: Loaded, name: str) -> None:
 
 def _sharding_error(backend: str) -> ConfigError:
     return ConfigError(
-        f"{backend} is switched on by the launcher: {_NO_SHARDING[backend]}. {_REPLICAS}."
+        f"{backend} is switched on by the launcher: {_NO_SHARDING[backend]}. {_SHARDS}."
     )

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
 from mergekit_bayes.finetune.data import Run, load_run
+from mergekit_bayes.finetune.fsdp import as_launched, without_plugin
+from mergekit_bayes.finetune.gathered import Gathered
 from mergekit_bayes.finetune.refusals import refuse_before
 from mergekit_bayes.finetune.session import (
     Trained,
@@ -25,6 +27,7 @@ from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
 from mergekit_bayes.finetune.store import save_finetuned
 from mergekit_bayes.finetune.training import make_trainer, training_arguments
 from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.models.sharding import is_sharded
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.ranks import is_main, on_main
 from mergekit_bayes.trainer import unwrap
@@ -49,11 +52,13 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
     """
     import transformers
 
+    config = as_launched(config)
     refuse_before(config)
     quiet = quiet or not is_main()
     with (
         quiet_libraries(bars=not quiet),
         checkpoint_folder(config) as folder,
+        without_plugin(),
         ExitStack() as held,
     ):
         transformers.set_seed(config.seed)
@@ -68,14 +73,23 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         steps = run.choices.steps
         trained = train(trainer, checkpoint, steps, is_ivon=is_ivon, patience=patience)
         optimizer = unwrap(trainer.optimizer) if is_ivon else None
-        return on_main(lambda: _store(run, optimizer, trained, folder))
+        if not is_sharded(run.loaded.model):
+            return on_main(lambda: _store(run, optimizer, trained, folder))
+        gathered = Gathered(run, optimizer)
+        return gathered.lead(lambda: _store(run, optimizer, trained, folder, gathered))
 
 
-def _store(run: Run, optimizer: IVON | None, trained: Trained, folder: Path) -> FinetuneReport:
+def _store(
+    run: Run,
+    optimizer: IVON | None,
+    trained: Trained,
+    folder: Path,
+    gathered: Gathered | None = None,
+) -> FinetuneReport:
     """Store the model with the logs of its training, and then clean up beside it."""
     made = trained.steps if trained.best_step is None else trained.best_step
     run = replace(run, choices=replace(run.choices, steps=made))  # for the posterior's record
-    report = save_finetuned(run, optimizer, trained.steps, trained.loss, folder)
+    report = save_finetuned(run, optimizer, trained.steps, trained.loss, folder, gathered)
     if has_folder(run.config):
         keep = run.config.keep_checkpoints or run.config.save_steps is None
         close_checkpoints(folder, keep=keep)

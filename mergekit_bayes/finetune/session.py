@@ -28,6 +28,7 @@ from mergekit_bayes.finetune.checkpoints import (
 )
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.libraries import call
+from mergekit_bayes.models.sharding import is_sharded
 from mergekit_bayes.ranks import mean_over_ranks
 
 if TYPE_CHECKING:
@@ -215,6 +216,9 @@ def _load_trained(trainer: "Trainer", checkpoint: Checkpoint, *, is_ivon: bool) 
         trainer._load_from_checkpoint(str(path))
         if is_ivon:
             trainer.create_optimizer()
-            state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-            trainer.optimizer.load_state_dict(state)
+            if is_sharded(trainer.model):
+                trainer.load_optimizer(str(path))
+            else:
+                state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+                trainer.optimizer.load_state_dict(state)
     return Trained(checkpoint.step, checkpoint.loss / checkpoint.step)

@@ -260,6 +260,12 @@ class FinetuneConfig(Config):
         description="Number of processes, which train replicas on a GPU each, or on the CPU's "
         "cores. Under a launcher there must be this number.",
     )
+    shard: bool = Field(
+        False,
+        description="With several processes, on a GPU each: give each a part of every tensor of "
+        "model and optimizer (FSDP2) in place of a replica, for a model that one device cannot "
+        "hold.",
+    )
     report_to: tuple[str, ...] = Field(
         (),
         description="Where to report the loss and the posterior's health, by the names of "

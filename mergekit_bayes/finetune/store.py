@@ -1,6 +1,7 @@
 """From a trained model to a checkpoint folder with its posterior inside."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,13 @@ from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import FINETUNE
 from mergekit_bayes.checkpoint.sources import pinned
+from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.finetune.checkpoints import copy_logs
 from mergekit_bayes.finetune.data import Run
+from mergekit_bayes.finetune.gathered import Gathered
 from mergekit_bayes.finetune.health import problems
 from mergekit_bayes.finetune.settings import FinetuneReport
 from mergekit_bayes.libraries import call
@@ -25,6 +28,7 @@ from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
+from mergekit_bayes.posterior.save import Later
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +39,24 @@ class FinalPrecision(NamedTuple):
     """The precision that a run leaves.
 
     Attributes:
-        tensors: Precision by parameter name, 1/weight^2, float32.
+        tensors: Precision by parameter name, 1/weight^2, float32; of sharded weights, by the name
+            that is stored.
         estimator: Where its curvature comes from, `ggn` or `ivon`.
         ess: Number of observations by which it is scaled.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor] | dict[str, Later]
     estimator: str
     ess: float
 
 
 def save_finetuned(
-    run: Run, optimizer: IVON | None, steps: int, loss: float, folder: Path
+    run: Run,
+    optimizer: IVON | None,
+    steps: int,
+    loss: float,
+    folder: Path,
+    gathered: Gathered | None = None,
 ) -> FinetuneReport:
     """Write the checkpoint folder and its posterior, and say what was written.
 
@@ -56,6 +66,7 @@ def save_finetuned(
         steps: Optimizer steps made.
         loss: Mean training loss of a step.
         folder: Where the Trainer wrote, whose logs are stored with the model.
+        gathered: The model, where it is sharded.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -63,11 +74,11 @@ def save_finetuned(
     config, target = run.config, Path(run.config.output)
     precision, health = None, {}
     with replacing(target, force=config.force) as partial:
-        _save_model(run, partial)
+        _save_model(run, partial, gathered)
         copy_logs(folder, partial)
         if config.posterior != "none":
-            precision = final_precision(run, optimizer)
-            health = _health(run, optimizer, precision)
+            precision = final_precision(run, optimizer, gathered)
+            health = _health(run, optimizer, precision, gathered)
             _save_posterior(run, precision, health, partial)
     for problem in problems(config, health, final=True).values():
         logger.warning(problem)
@@ -82,9 +93,19 @@ def save_finetuned(
     )
 
 
-def final_precision(run: Run, optimizer: IVON | None) -> FinalPrecision:
-    """The precision at the end of training, by the estimate that the settings name."""
+def final_precision(
+    run: Run, optimizer: IVON | None, gathered: Gathered | None = None
+) -> FinalPrecision:
+    """The precision at the end of training, by the estimate that the settings name.
+
+    Args:
+        run: The run.
+        optimizer: IVON at the end of training; None after AdamW.
+        gathered: The model, where it is sharded.
+    """
     config = run.config
+    if gathered is not None:
+        return _gathered_precision(run, gathered)
     if config.posterior == "ivon":
         assert optimizer is not None
         assert run.choices.ivon is not None
@@ -97,6 +118,19 @@ def final_precision(run: Run, optimizer: IVON | None) -> FinalPrecision:
     prior = 0.0 if optimizer is None else total * config.weight_decay
     tensors = {name: total * mean + prior for name, mean in final_curvature(run).items()}
     return FinalPrecision(tensors, _ESTIMATOR, total)
+
+
+def _gathered_precision(run: Run, gathered: Gathered) -> FinalPrecision:
+    config, is_flush = run.config, run.config.posterior == "flush"
+    if is_flush:
+        gathered.flush()
+    is_adapter = hasattr(run.loaded.model, "peft_config")
+    tensors = gathered.adapter("precision") if is_adapter else gathered.precision()
+    if is_flush:
+        return FinalPrecision(tensors, _ESTIMATOR, float(run.observations))
+    assert run.choices.ivon is not None
+    estimator = _ESTIMATOR if config.curvature == "ggn" else "ivon"
+    return FinalPrecision(tensors, estimator, float(run.choices.ivon.ess))
 
 
 def final_curvature(run: Run) -> dict[str, torch.Tensor]:
@@ -115,12 +149,12 @@ def final_curvature(run: Run) -> dict[str, torch.Tensor]:
     return {name: square / curvature.observations for name, square in curvature.total.items()}
 
 
-def _save_model(run: Run, folder: Path) -> None:
+def _save_model(run: Run, folder: Path, gathered: Gathered | None) -> None:
     """Write model, tokenizer and the settings of the run."""
     config, model = run.config, run.loaded.model
 
     def save() -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder) if gathered is None else gathered.save_model(folder)
         run.loaded.tokenizer.save_pretrained(folder)
         if config.lora is not None and run.loaded.task == "classification":
             model.config.save_pretrained(folder)  # an adapter's own does not name the labels
@@ -156,19 +190,35 @@ def _save_posterior(
         training=run.choices.record() | {LOSS: trained_loss(model).name},
         aliases=dict(getattr(model, "all_tied_weights_keys", None) or {}),
     )
-    arrays = {
+    save_posterior(folder, _stored(model, precision.tensors), info)
+
+
+def _stored(
+    model: torch.nn.Module, tensors: dict[str, torch.Tensor] | dict[str, Later]
+) -> Mapping[str, Array | Later]:
+    """A precision under the names that are stored."""
+    made = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    if not made:
+        return {name: t for name, t in tensors.items() if isinstance(t, Later)}
+    return {
         name: tensor.detach().cpu().float().numpy()
-        for name, tensor in checkpoint_names(model, precision.tensors).items()
+        for name, tensor in checkpoint_names(model, made).items()
     }
-    save_posterior(folder, arrays, info)
 
 
-def _health(run: Run, optimizer: IVON | None, precision: FinalPrecision) -> dict[str, float]:
+def _health(
+    run: Run, optimizer: IVON | None, precision: FinalPrecision, gathered: Gathered | None
+) -> dict[str, float]:
     config = run.config
-    health = {} if optimizer is None else optimizer.health(run.choices.batch_size)
+    if gathered is not None:
+        health = gathered.health()
+    else:
+        tensors = {n: t for n, t in precision.tensors.items() if isinstance(t, torch.Tensor)}
+        health = {} if optimizer is None else optimizer.health(run.choices.batch_size)
+        health |= precision_health(tensors)
     if config.posterior == "flush":
         health["flush_examples"] = float(config.flush_batches * config.batch_size)
-    return health | precision_health(precision.tensors)
+    return health
 
 
 def _prior_and_anchor(run: Run, ess: float) -> tuple[Prior, Anchor]:

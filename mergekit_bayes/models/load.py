@@ -154,6 +154,8 @@ class Loaded:
         """
         import torch
 
+        if getattr(self.model, "is_loaded_in_4bit", False) and self.device.type == "cpu":
+            return  # a pass without gradients packs such weights for ever, and no later one has any
         (ids,) = token_ids(self.model, lambda: [self.tokenizer("a")["input_ids"]])
         tokens = torch.tensor([((ids or [0]) * _TRIED)[: min(_TRIED, self.context)]]).to(
             self.device

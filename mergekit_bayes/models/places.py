@@ -57,6 +57,39 @@ def checkpoint_names(
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
+def kept_tensors(model: "torch.nn.Module") -> "dict[str, Tensor]":
+    """The tensors that `save_pretrained` keeps, by their names in memory: no tied one twice."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    tensors = model.state_dict(keep_vars=True)
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in left_out and not (name in tied and tensor is tensors.get(tied[name]))
+    }
+
+
+def stored_places(
+    model: "torch.nn.Module", tensors: "Mapping[str, Tensor]"
+) -> "dict[str, dict[str, Tensor]]":
+    """What each tensor is stored as: tensors of no memory, by stored name, by name in memory.
+
+    Raises:
+        MismatchError: A stored tensor is made of several, which cannot be stored one by one.
+    """
+    empty = {name: _empty(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    together = {n: tuple(t.shape) for n, t in checkpoint_names(model, empty).items()}
+    places = {name: checkpoint_names(model, {name: t}) for name, t in empty.items()}
+    alone = {n: tuple(t.shape) for stored in places.values() for n, t in stored.items()}
+    if together != alone:
+        name = min(set(together.items()) ^ set(alone.items()))[0]
+        raise MismatchError(
+            f"'{name}' is one tensor of the model's file and several in memory, which cannot be "
+            "written one by one. Train replicas in place of shards."
+        )
+    return places
+
+
 def row_axes(model: "torch.nn.Module") -> dict[str, int]:
     """How many axes of each parameter stay where a precision has one number a row of its file.
 

@@ -17,6 +17,20 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def like_shard(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's rows as those of a tensor that is sharded like a parameter.
+
+    Args:
+        tensor: Of the shape of `local(parameter)`, on its device.
+        parameter: The parameter; for one that is not sharded the tensor is returned as it is.
+    """
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(tensor, mesh, placements, shape=shape, stride=stride)
+
+
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gather shards into whole tensors on the CPU of rank 0.
 
@@ -27,13 +41,21 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         mean = full_tensors(model.state_dict())
         precision = full_tensors(optimizer.precision(model.named_parameters()))
     """
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
     gathered = {}
     for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if is_main:
-            gathered[name] = full.detach().to("cpu", copy=True)
+        whole = whole_tensor(tensor)
+        if whole is not None:
+            gathered[name] = whole
     return gathered
+
+
+def whole_tensor(tensor: Tensor) -> Tensor | None:
+    """Gather one tensor on the CPU of rank 0; None on the others. All ranks must call it."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return None
+    is_shared = full.data_ptr() == local(tensor).data_ptr()  # nothing had to be gathered
+    return full.detach().to("cpu", copy=is_shared)
 
 
 def shard_index(parameter: Tensor) -> int:

@@ -1,8 +1,9 @@
 """Write a precision beside its mean."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +25,22 @@ from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
 from mergekit_bayes.posterior.factors import Directions, Kronecker, LowRank, Matrices, RankOne
 from mergekit_bayes.posterior.forms import DirectionsSpec, is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
-from mergekit_bayes.posterior.stored import parts_of
+from mergekit_bayes.posterior.stored import PRECISION, named, parts_of
 
-Precision = Array | RankOne | Directions
+
+class Later(NamedTuple):
+    """A precision of one number an entry that is made when it is written, and held no longer.
+
+    Attributes:
+        shape: Its shape.
+        read: Makes it: a float32 array of that shape.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+
+Precision = Array | RankOne | Directions | Later
 
 
 def save_posterior(
@@ -42,8 +56,8 @@ def save_posterior(
     Args:
         model: The checkpoint, a file or folder; it is not touched.
         precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and
-            >= 0; each in any form of `forms`, of rank one, or symmetric, of directions. Tensors
-            that were not trained may be absent.
+            >= 0; each in any form of `forms`, of rank one, or symmetric, of directions, or made
+            only `Later`. Tensors that were not trained may be absent.
         info: The record, which is stored in every file's header.
         out: Another place: a file that ends in `.posterior` or `.safetensors`, or a folder.
         force: Replace what is there.
@@ -91,19 +105,25 @@ def _check_precision(
                 f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is "
                 f"{list(spec.shape)}."
             )
+        if isinstance(values, Later):  # looked at when it is there
+            continue
         parts = list(parts_of(name, values).values())
         if isinstance(values, (Matrices, Kronecker)):
             parts = [x for p in parts for x in (np.einsum("...ii->...i", p), abs(p))]
         if isinstance(values, LowRank):
             parts = [values.diagonal, abs(values.factor)]
-        bad = sum(int(np.count_nonzero(is_bad_precision(part))) for part in parts)
-        if bad:
-            size = sum(part.size for part in parts)
-            raise PrecisionError(
-                f"precision of '{name}': {bad} of {size} entries are negative or not finite, and "
-                "nothing was stored. Look for NaN in what it was made of, or for counts that are "
-                "far too large."
-            )
+        _refuse_bad(name, parts)
+
+
+def _refuse_bad(name: str, parts: Sequence[Array]) -> None:
+    bad = sum(int(np.count_nonzero(is_bad_precision(part))) for part in parts)
+    if bad:
+        size = sum(part.size for part in parts)
+        raise PrecisionError(
+            f"precision of '{name}': {bad} of {size} entries are negative or not finite, and "
+            "nothing was stored. Look for NaN in what it was made of, or for counts that are "
+            "far too large."
+        )
 
 
 def _write_folder(
@@ -123,7 +143,7 @@ def _write_folder(
         file = precision_name(i, count)
         parts = _write_set(folder / file, {n: precision[n] for n in names}, info)
         in_files[file] = list(parts)
-        total_size += 4 * sum(part.size for part in parts.values())
+        total_size += sum(spec.nbytes for spec in parts.values())
     if in_files:
         write_precision_index(folder, in_files, total_size)
     write_info(folder, info)
@@ -131,11 +151,24 @@ def _write_folder(
 
 def _write_set(
     path: Path, precision: Mapping[str, Precision], info: PosteriorInfo
-) -> Mapping[str, Array]:
-    """Write one file, and return its tensors."""
-    parts = {n: t for name, p in precision.items() for n, t in parts_of(name, p).items()}
+) -> Mapping[str, TensorSpec]:
+    """Write one file, and return what is in it."""
+    parts: dict[str, Array | Later] = {}
+    for name, values in precision.items():
+        if isinstance(values, Later):
+            parts[named(PRECISION, name)] = values
+        else:
+            parts |= parts_of(name, values)
     specs = {name: TensorSpec("F32", part.shape) for name, part in parts.items()}
     with SafetensorsSink(path, specs, info.to_metadata()) as sink:
         for name, part in parts.items():
-            sink.write_bytes(name, 0, encode(part.reshape(-1), "F32"))
-    return parts
+            sink.write_bytes(name, 0, _encoded(name, part))
+    return specs
+
+
+def _encoded(name: str, part: Array | Later) -> memoryview:
+    """The bytes of a tensor of the file; one that is made now has not been looked at yet."""
+    if isinstance(part, Later):
+        part = part.read()
+        _refuse_bad(name, [part])
+    return encode(part.reshape(-1), "F32")

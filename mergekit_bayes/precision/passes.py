@@ -22,7 +22,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.devices import SPREAD, choose_device
 from mergekit_bayes.models.estimate import estimate_curvature
 from mergekit_bayes.models.load import Loaded, load_model
-from mergekit_bayes.models.sharding import all_ranks, shard
+from mergekit_bayes.models.sharding import all_ranks, shard, sum_gradients
 from mergekit_bayes.posterior.info import INPUTS
 from mergekit_bayes.precision.keeping import is_sharded, keeping, parts_folder
 from mergekit_bayes.precision.settings import PrecisionConfig
@@ -226,6 +226,7 @@ class _Here:
         self.loaded = self.loaded or load(self._config)
         with explained():
             shard(self.loaded.model, mesh, self._config.model)
+            sum_gradients(self.loaded.model)
 
     def _on_device(self) -> Loaded:
         self.loaded = self.loaded or load(self._config)
