@@ -166,7 +166,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if transient.is_open:
             raise RuntimeError("sampled_params cannot be nested")
         all_moved: list[Moved | Together] = []
-        small = Gathered(draw, transient.arenas) if self._gathers and draw is not None else None
+        gathers = self._gathers and self.restore == "copy"
+        small = Gathered(draw, transient.arenas) if gathers and draw else None
         try:
             transient.is_open = True
             with torch.no_grad():
@@ -302,7 +303,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             state_dict: What `state_dict` returned, of any version of this package.
 
         Raises:
-            ValueError: The checkpoint was made with another `prior`, or by another optimizer.
+            ValueError: The checkpoint was made with another `prior`, by another optimizer, or for
+                parameters of other shapes.
         """
         for group in state_dict["param_groups"]:
             # torch.distributed.checkpoint makes a group of "params" alone if it finds none.
@@ -326,6 +328,12 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         for index, parameter in zip(indices, parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
+                    if value.ndim and value.shape != parameter.shape:
+                        raise ValueError(
+                            f"{type(self).__name__}: the checkpoint's {name} of parameter {index} "
+                            f"has shape {list(value.shape)}, the parameter "
+                            f"{list(parameter.shape)}: it is of another model."
+                        )
                     device = torch.device("cpu") if name in COUNTERS else parameter.device
                     self.state[parameter][name] = value.to(device, torch.float32, copy=True)
 

@@ -109,6 +109,7 @@ class IVON(PosteriorOptimizer):
     """
 
     _mark = "mc_samples"
+    _gathers = True
     _settings = (
         *PosteriorOptimizer._settings,
         "curvature",
@@ -178,7 +179,6 @@ class IVON(PosteriorOptimizer):
             "ggn": curvature == "ggn",  # torch's checkpoints hold no strings here
         }
         super().__init__(params, defaults, prior=prior, restore=restore)
-        self._gathers = restore == "copy"
         self.antithetic = antithetic
         self.curvature = curvature
         self.rank_noise = rank_noise

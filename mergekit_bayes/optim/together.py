@@ -6,7 +6,6 @@ those of a parameter alone, bit for bit on a CPU with numba (`pointed`); elsewhe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from itertools import groupby
 from types import ModuleType
@@ -18,15 +17,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mergekit_bayes.draws import mixes
+from mergekit_bayes.optim import foreach, slicing
 from mergekit_bayes.optim.health import ROW
 from mergekit_bayes.optim.noise import Draw
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import at_least_float32, take_gradient
-from mergekit_bayes.optim.slicing import passes_module
 from mergekit_bayes.optim.state import Group, ParameterState
 
 SMALL = 1 << 15  # entries of a parameter at most; larger ones take longer than their call
-FOREACH = "mergekit_bayes.optim.foreach"
+_IN_FLIGHT = 2  # of the memory of samples: the sums of earlier ones, and the present one
 POINTED = "mergekit_bayes.optim.pointed"
 
 
@@ -47,35 +46,31 @@ class Member:
     index: tuple[int, int]
 
 
-def way_of(parameter: Tensor, state: ParameterState) -> ModuleType | None:
-    """Return the module that works on a parameter together with others, None for one alone.
+def fits(way: Any, parameter: Tensor, state: ParameterState) -> bool:
+    """Return whether a parameter goes together with others.
 
-    Alone are large parameters, shards, tensors that are not contiguous and those whose prior is
+    Alone go large parameters, shards, tensors that are not contiguous and those whose prior is
     adapted.
+
+    Args:
+        way: The module that would work on it.
+        parameter: The parameter.
+        state: Its state.
     """
     if (
-        type(parameter) not in (Parameter, Tensor)
-        or parameter.numel() > SMALL
+        parameter.numel() > SMALL
+        or type(parameter) not in (Parameter, Tensor)
         or "weight_decay" in state
     ):
-        return None
-    way = _way(parameter.is_cpu)
-    fits = (
-        way.fits(parameter, state["momentum"], state["hess"], state["mean"])
-        if "mean" in state
-        else way.fits(parameter, state["momentum"], state["hess"])
-    )
-    return way if fits else None
+        return False
+    if "mean" in state:
+        return bool(way.fits(parameter, state["momentum"], state["hess"], state["mean"]))
+    return bool(way.fits(parameter, state["momentum"], state["hess"]))
 
 
 def goes_together(parameter: Tensor, state: ParameterState, sampled: Sampled) -> bool:
     """Return whether a parameter that was sampled together with others is still one of them."""
-    return sampled.way is not None and way_of(parameter, state) is sampled.way
-
-
-@cache
-def _way(on_cpu: bool) -> Any:
-    return import_module(POINTED if on_cpu and passes_module() else FOREACH)
+    return sampled.way is not None and fits(sampled.way, parameter, state)
 
 
 @dataclass(slots=True)
@@ -91,13 +86,10 @@ class Arenas:
     taken: list[list[Tensor]] = field(default_factory=list)
 
     def take(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Return float32 tensors laid out like the given ones, behind each other in memory."""
-        if self.free:
+        """Return float32 tensors of the shapes of some, on their device, one after the other."""
+        if self.free and parameters[0].is_cpu:
             kept = self.free.pop()
-            if len(kept) == len(parameters) and all(
-                k.shape == p.shape and k.device == p.device
-                for k, p in zip(kept, parameters, strict=True)
-            ):
+            if [k.shape for k in kept] == [p.shape for p in parameters]:
                 return kept
         sizes = [p.numel() for p in parameters]
         pieces = torch.split(torch.empty(sum(sizes), device=parameters[0].device), sizes)
@@ -106,7 +98,7 @@ class Arenas:
     def give(self, kept: list[Tensor]) -> None:
         """Give memory back that is no longer in use."""
         # Outside of inference mode a tensor made in it could not be written to.
-        if not self.free and kept[0].is_cpu and not kept[0].is_inference():
+        if len(self.free) < _IN_FLIGHT and kept[0].is_cpu and not kept[0].is_inference():
             self.free.append(kept)
 
     def forget_step(self) -> None:
@@ -155,10 +147,8 @@ class Together:
         self._kept = self._arenas.take(self._weights)
         hess = [m.state["hess"] for m in self.members]
         decays = [float(m.group["weight_decay"]) for m in self.members]
-        seeds, factors = (
-            self._seeds(place(self._weights[0], self._draw)),
-            [self._factor(m) for m in self.members],
-        )
+        factors = [self._factor(m) for m in self.members]
+        seeds = self._seeds(place(self._weights[0], self._draw))
         tensors = (self._weights, self._means, self._kept, hess)
         self._way.leave(*tensors, decays, factors, seeds, self._flags, generators)
 
@@ -219,7 +209,7 @@ class Together:
 
 
 class Gathered:
-    """The small parameters of one sample, by the module that works on them.
+    """The small parameters of one sample, by their devices.
 
     Args:
         draw: The draw of their noise.
@@ -227,23 +217,26 @@ class Gathered:
     """
 
     def __init__(self, draw: Draw, arenas: Arenas) -> None:
-        self.draw = draw
+        self._draw = draw
         self._arenas = arenas
-        self._by_way: dict[ModuleType, Together] = {}
+        self._together: dict[torch.device, Together] = {}
+        # Loaded when it is needed, like the compiled passes themselves.
+        self._on_cpu = import_module(POINTED) if slicing.passes_module() else foreach
 
     def accepts(self, member: Member) -> bool:
         """Take in a parameter if it is one that goes together with others."""
-        way = way_of(member.parameter, member.state)
-        if way is None:
+        way = self._on_cpu if member.parameter.is_cpu else foreach
+        if not fits(way, member.parameter, member.state):
             return False
-        if way not in self._by_way:
-            self._by_way[way] = Together(way, self.draw, self._arenas)
-        self._by_way[way].members.append(member)
+        device = member.parameter.device
+        if device not in self._together:
+            self._together[device] = Together(way, self._draw, self._arenas)
+        self._together[device].members.append(member)
         return True
 
     def all(self) -> list[Together]:
-        """Return the parameters, those of one module together."""
-        return list(self._by_way.values())
+        """Return the parameters, those of one device together."""
+        return list(self._together.values())
 
 
 class Pending(NamedTuple):
