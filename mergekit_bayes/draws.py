@@ -3,6 +3,7 @@
 A word depends on its key and counter alone, so that chunks, threads and machines agree.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,10 +38,23 @@ def mix(*numbers: int) -> int:
     Each number goes in by `seed = word(seed + number, 1)`, written for Python's integers, which are
     faster here than numpy's.
     """
+    return _mixed(numbers) >> 1
+
+
+def mixes(head: Sequence[int], numbers: Sequence[int], last: int) -> list[int]:
+    """Return `mix(*head, number, last)` of each of the numbers, which are not negative."""
+    with np.errstate(over="ignore"):
+        keys = np.array(numbers, np.uint64) + np.uint64(_mixed(head))
+        keys = word(keys, np.uint64(1)) + np.uint64(last)
+        seeds: list[int] = (word(keys, np.uint64(1)) >> np.uint64(1)).tolist()
+    return seeds
+
+
+def _mixed(numbers: Sequence[int]) -> int:
     seed = 0
     for number in numbers:
         z = (seed + number + _STEP) & _MASK
         z = ((z ^ (z >> 30)) * _FIRST) & _MASK
         z = ((z ^ (z >> 27)) * _SECOND) & _MASK
         seed = z ^ (z >> 31)
-    return seed >> 1
+    return seed

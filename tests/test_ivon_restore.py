@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_bayes.optim import IVON, base, moves, noise, samples, slicing, steps
+from mergekit_bayes.optim import IVON, moves, noise, samples, slicing, steps, together
 from tests.cases import SETTINGS, net, train
 
 
@@ -101,14 +101,15 @@ def test_a_step_that_is_interrupted_after_a_backward_begins_again_from_its_first
                     optimizer.add_curvature((power * w).sum(), 1)
                 (w**power).sum().backward()
 
-        def interrupt(*arguments):
-            monkeypatch.setattr(base, "restore", moves.restore)
-            raise KeyboardInterrupt
+        def interrupt(at, optimizer=optimizer):
+            IVON._restore(optimizer, at)
+            if vars(optimizer).pop("_restore", None):
+                raise KeyboardInterrupt
 
         for _ in range(2):
             if interrupted:
                 sample(4)
-                monkeypatch.setattr(base, "restore", interrupt)
+                optimizer._restore = interrupt
                 with pytest.raises(KeyboardInterrupt):
                     sample(4)
             sample(2)
@@ -138,9 +139,10 @@ def test_a_sample_in_inference_mode_leaves_nothing_behind():
 
 def test_an_interrupt_while_the_means_are_put_back_waits_until_all_are(monkeypatch):
     parameters = [
-        torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(k)))
-        for k in range(3)
+        torch.nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(size)))
+        for size in (5, 6, 3, 2)
     ]
+    monkeypatch.setattr(together, "SMALL", 4)  # two go alone, and two together
     means = [p.detach().clone() for p in parameters]
     optimizer = IVON(parameters, lr=0.1, ess=10.0)
     inner, calls = optimizer._restore, []

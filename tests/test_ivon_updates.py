@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_bayes.optim import IVON, ivon_update, noise, slicing
+from mergekit_bayes.optim import IVON, ivon_update, noise, slicing, together
 from mergekit_bayes.optim.samples import Sampled
 from tests.cases import SETTINGS, data, loss_of, net, train
 from tests.reference import ivon as twin
@@ -17,8 +17,13 @@ from tests.reference import ivon as twin
 @pytest.mark.parametrize("rescale_lr", [True, False])
 @pytest.mark.parametrize("debias", [True, False])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_ivon_agrees_with_ivon_opt_step_by_step(rescale_lr, debias, samples, monkeypatch):
+@pytest.mark.parametrize("alone", [True, False])
+def test_ivon_agrees_with_ivon_opt_step_by_step(rescale_lr, debias, samples, alone, monkeypatch):
     """Both get the same noise: ivon-opt draws one flat vector, ours splits it by parameter."""
+    if alone:
+        monkeypatch.setattr(together, "SMALL", -1)
+    else:
+        monkeypatch.setattr(slicing, "passes_module", lambda: None)
     kw = {
         **SETTINGS,
         "lr": 0.1,

@@ -35,6 +35,7 @@ class OneProcess(IVON):
     """Its samples (or pairs) are the ranks of the other run, one after the other."""
 
     each = 1  # samples of a rank, pairs counted once
+    _gathers = False  # each parameter alone
 
     def _noise(self, at, *others):
         self.rank, sample = divmod(at.draw.sample, self.each)
@@ -42,7 +43,7 @@ class OneProcess(IVON):
             dataclasses.replace(at, draw=at.draw._replace(sample=sample)), *others
         )
 
-    def _place(self, at):
+    def _place(self, parameter, draw):
         return self.rank
 
 

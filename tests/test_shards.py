@@ -66,6 +66,8 @@ class Tiny(torch.nn.Module):
 class FixedNoise(IVON):
     """Takes its noise from a whole tensor that does not depend on how the parameter is sharded."""
 
+    _gathers = False  # each parameter by `_noise`
+
     def _noise(self, at, *others):
         fixed = torch.Generator().manual_seed(mix(at.draw.number, at.draw.sample, *at.index))
         eps = torch.randn(at.parameter.shape, generator=fixed)

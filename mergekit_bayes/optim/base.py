@@ -5,7 +5,6 @@ bits), a momentum and the Hessian diagonal h of the mean loss. The posterior is
 N(mean, 1 / (ess (h + d))), with d the prior's precision over ess.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,11 +25,12 @@ from mergekit_bayes.optim.moves import (
     restore_all,
 )
 from mergekit_bayes.optim.noise import PREDICT, TRAIN, Draw, noise_slices
-from mergekit_bayes.optim.prior import Priors, PriorTerm, check_prior, checksums, prior_term
+from mergekit_bayes.optim.prior import Priors, PriorTerm, check_prior, prior_terms
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local, shard_index
 from mergekit_bayes.optim.slicing import Items
 from mergekit_bayes.optim.state import COUNTERS, Group, ParameterState
+from mergekit_bayes.optim.together import Gathered, Member, Pending, Together, goes_together
 from mergekit_bayes.optim.transient import Transient
 
 _MARKS = {"mc_samples", "rho"}  # settings by which the optimizer of a checkpoint is told
@@ -66,6 +66,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
 
     antithetic: bool = False
     restore: str = "copy"
+    _gathers: bool = False  # whether small parameters are sampled and stepped together
     _uses_noise: bool = False  # whether the update needs the noise beside the gradient
     _mark: str | None = None  # the setting in `_MARKS` that this optimizer has
     _settings: tuple[str, ...] = ("antithetic", "restore", "_prior")  # kept in a copy
@@ -84,21 +85,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if restore not in ("copy", "redraw"):
             raise ValueError(f"{name}: restore={restore!r} is neither 'copy' nor 'redraw'")
         self.restore = restore
-        self._prior: dict[Tensor, PriorTerm] = {}
+        self._prior = prior_terms(dict(prior or {}), self.param_groups, name)
         self._clear()
-        unused = dict(prior or {})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in unused:
-                    term = prior_term(parameter, *unused.pop(parameter), group, name)
-                    self._prior[parameter] = term
-                    size, order = checksums(term)
-                    group["prior_sum"] += size
-                    # The factor makes it change with the order of the parameters, too.
-                    group["prior_order"] += order * (2 + math.sin(len(self._prior)))
-        if unused:
-            shapes = [tuple(p.shape) for p in unused]
-            raise ValueError(f"{name}: the prior names tensors that are not optimized, of {shapes}")
 
     def _clear(self) -> None:
         self._transient = Transient(buffers=Buffers(keeps=self.restore == "copy"))
@@ -182,12 +170,17 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         transient = self._transient
         if transient.is_open:
             raise RuntimeError("sampled_params cannot be nested")
-        all_moved: list[Moved] = []
+        all_moved: list[Moved | Together] = []
+        gathers = self._gathers and self.restore == "copy"
+        small = Gathered(draw, transient.arenas) if gathers and draw else None
         try:
             transient.is_open = True
             with torch.no_grad():
                 for g, group in enumerate(self.param_groups):
                     for p, parameter, state in self._trainable(group):
+                        member = Member(parameter, group, state, (g, p))
+                        if small and parameter not in self._prior and small.accepts(member):
+                            continue
                         moved = Moved(parameter, group, state, (g, p), draw)
                         if "mean" in state:
                             follow_weights(local(parameter), local(state["mean"]))
@@ -195,11 +188,16 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                             moved.saved = transient.buffers.take(parameter, local(parameter))
                         all_moved.append(moved)
                         displace(moved)
+                for together in small.all() if small else ():
+                    all_moved.append(together)
+                    together.leave(self._place, transient.generators)
             yield
             with torch.no_grad():
-                for moved in all_moved:
-                    if take is not None and moved.parameter.grad is not None:
-                        take(moved)
+                for away in all_moved if take else ():
+                    if isinstance(away, Together):
+                        away.take(transient.sampled, uses_noise=self._uses_noise)
+                    elif take and away.parameter.grad is not None:
+                        take(away)
         finally:
             try:
                 restore_all(all_moved, self._restore)
@@ -212,7 +210,10 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             moved.noise = self._transient.buffers.take(moved.parameter, local(moved.state["mean"]))
         add_noise(moved, self._noise)
 
-    def _restore(self, moved: Moved) -> None:
+    def _restore(self, moved: Moved | Together) -> None:
+        if isinstance(moved, Together):
+            moved.restore()
+            return
         restore(moved, self._noise, self._transient.buffers)
 
     def _take(self, moved: Moved) -> None:
@@ -223,7 +224,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         """Return the slices of the noise, and of other tensors along with it."""
         draw, group, state = moved.draw, moved.group, moved.state
         assert draw is not None
-        place = self._place(moved)
+        place = self._place(moved.parameter, draw)
         seed = mix(group["seed"], draw.stream, draw.number, draw.sample, *moved.index, place)
         # Before the first estimate nothing is known of the curvature: the sample is the mean.
         factor = draw.sign / group["ess"] ** 0.5 if state.get("estimates", 1) else 0.0
@@ -231,9 +232,9 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         generators = self._transient.generators
         return noise_slices(local(state["hess"]), decay, factor, seed, generators, *others)
 
-    def _place(self, moved: Moved) -> int:
+    def _place(self, parameter: Tensor, draw: Draw) -> int:
         """Return the number that tells this rank's noise of a parameter from that of others."""
-        return shard_index(moved.parameter)
+        return shard_index(parameter)
 
     def _prior_of(self, parameter: Tensor, group: Group, state: ParameterState) -> PriorTerm:
         """Return centre and precision over ess of a prior, of this rank's shard."""
@@ -274,15 +275,25 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     def _trained_parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for _, p, _ in self._trainable(group)]
 
-    def _each_sampled(self) -> Iterator[tuple[Tensor, Group, ParameterState, Sampled]]:
-        """Count the step, and yield each parameter that it changes with the sums of its samples."""
+    def _each_sampled(
+        self, together: list[Pending] | None = None
+    ) -> Iterator[tuple[Tensor, Group, ParameterState, Sampled]]:
+        """Count the step, and yield each parameter that it changes with the sums of its samples.
+
+        Args:
+            together: Gets the parameters that are stepped together, instead; they are not counted.
+        """
         for group in self.param_groups:
             group["steps"] += bool(self._transient.samples)
             for _, parameter, state in self._trainable(group):
                 sampled = self._pop_sampled(parameter, group, state)
-                if sampled is not None:
-                    state["step"] += 1
-                    yield parameter, group, state, sampled
+                if sampled is None:
+                    continue
+                if together is not None and goes_together(parameter, state, sampled):
+                    together.append(Pending(parameter, group, state, sampled))
+                    continue
+                state["step"] += 1
+                yield parameter, group, state, sampled
 
     def _pop_sampled(
         self, parameter: Tensor, group: Group, state: ParameterState
@@ -297,7 +308,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             state_dict: What `state_dict` returned, of any version of this package.
 
         Raises:
-            ValueError: The checkpoint was made with another `prior`, or by another optimizer.
+            ValueError: The checkpoint was made with another `prior`, by another optimizer, or for
+                parameters of other shapes.
         """
         for group in state_dict["param_groups"]:
             # torch.distributed.checkpoint makes a group of "params" alone if it finds none.
@@ -321,6 +333,12 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         for index, parameter in zip(indices, parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
+                    if value.ndim and value.shape != parameter.shape:
+                        raise ValueError(
+                            f"{type(self).__name__}: the checkpoint's {name} of parameter {index} "
+                            f"has shape {list(value.shape)}, the parameter "
+                            f"{list(parameter.shape)}: it is of another model."
+                        )
                     device = torch.device("cpu") if name in COUNTERS else parameter.device
                     self.state[parameter][name] = value.to(device, torch.float32, copy=True)
 
@@ -379,18 +397,3 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             for _, parameter, state in self._trainable(group):
                 _, decay = self._prior_of(parameter, group, state)
                 yield Entry(parameter, state, decay, group["ess"])
-
-
-def check_settings(optimizer: str, rules: Iterable[tuple[str, float, bool]]) -> None:
-    """Check the settings of an optimizer.
-
-    Args:
-        optimizer: Its name, for the message.
-        rules: Name and value of each setting, and whether the value is in range.
-
-    Raises:
-        ValueError: A setting is out of range.
-    """
-    for name, value, is_in_range in rules:
-        if not is_in_range:
-            raise ValueError(f"{optimizer}: {name}={value} is out of range")

@@ -14,7 +14,7 @@ from mergekit_bayes.optim.shards import local
 from mergekit_bayes.optim.state import ParameterState
 
 _VIEWED = 65536  # entries of a tensor that quantiles are taken of
-_ROW, _EVERY = 4096, 16  # the noise number looks at every 16th row of 4096 entries
+ROW, _EVERY = 4096, 16  # the noise number looks at every 16th row of 4096 entries
 
 
 class Entry(NamedTuple):
@@ -115,10 +115,10 @@ def curvature_ratios(noise_grad: Tensor, hess: Tensor, decay: Tensor | float, es
 def _some(tensor: Tensor) -> Tensor:
     """Return every `_EVERY`th row of a flat tensor, the same ones in a tensor and its slices."""
     flat = tensor.reshape(-1)
-    rows = flat.numel() // (_ROW * _EVERY)
+    rows = flat.numel() // (ROW * _EVERY)
     if not rows:
-        return flat[:_ROW]
-    return flat[: rows * _ROW * _EVERY].view(rows, -1)[:, :_ROW]
+        return flat[:ROW]
+    return flat[: rows * ROW * _EVERY].view(rows, -1)[:, :ROW]
 
 
 def _gathered(values: Tensor, ratios: list[float], bad: int) -> tuple[Tensor, list[float], int]:

@@ -16,17 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from mergekit_bayes.optim.base import PosteriorOptimizer, check_settings
+from mergekit_bayes.optim.base import PosteriorOptimizer
 from mergekit_bayes.optim.health import curvature_noise
 from mergekit_bayes.optim.moves import Moved
-from mergekit_bayes.optim.noise import TRAIN
+from mergekit_bayes.optim.noise import TRAIN, Draw
 from mergekit_bayes.optim.prior import Priors
+from mergekit_bayes.optim.ranges import check_settings
 from mergekit_bayes.optim.rank_noise import check_replicas, mean_over_ranks, sampled_on_any_rank
 from mergekit_bayes.optim.samples import Sampled, add_gradient, add_noise_gradient
 from mergekit_bayes.optim.shards import sum_over_shards, take_gradient
 from mergekit_bayes.optim.squares import add_squares, mean_squares
 from mergekit_bayes.optim.state import Group, ParameterState
 from mergekit_bayes.optim.steps import adapt_prior, ggn_step, price_step
+from mergekit_bayes.optim.together import Pending, step_together
 
 
 class IVON(PosteriorOptimizer):
@@ -107,7 +109,14 @@ class IVON(PosteriorOptimizer):
     """
 
     _mark = "mc_samples"
-    _settings = (*PosteriorOptimizer._settings, "curvature", "rank_noise", "_uses_noise")
+    _gathers = True
+    _settings = (
+        *PosteriorOptimizer._settings,
+        "curvature",
+        "rank_noise",
+        "_uses_noise",
+        "_gathers",
+    )
 
     def __init__(
         self,
@@ -187,10 +196,10 @@ class IVON(PosteriorOptimizer):
         """Whether every rank draws training noise of its own."""
         return self.rank_noise and dist.is_initialized() and dist.get_world_size() > 1
 
-    def _place(self, moved: Moved) -> int:
-        if self._ranks_draw and moved.draw is not None and moved.draw.stream == TRAIN:
+    def _place(self, parameter: Tensor, draw: Draw) -> int:
+        if self._ranks_draw and draw.stream == TRAIN:
             return dist.get_rank()
-        return super()._place(moved)
+        return super()._place(parameter, draw)
 
     @property
     def curvature_due(self) -> bool:
@@ -265,7 +274,8 @@ class IVON(PosteriorOptimizer):
             self._find_sampled_on_any_rank()
         squares = mean_squares(*self._transient.take_squares())
         noise_sums: list[tuple[Tensor, Group, Tensor, int]] = []
-        for parameter, group, state, sampled in self._each_sampled():
+        small: list[Pending] = []
+        for parameter, group, state, sampled in self._each_sampled(small):
             if sampled.draws > 1:
                 sampled.grad.div_(sampled.draws)
             prior = self._prior_of(parameter, group, state)
@@ -282,6 +292,7 @@ class IVON(PosteriorOptimizer):
                     self._transient.buffers.keep(parameter, sampled.noise_grad)
             if group["adapt_prior"] and "weight_decay" in state and state.get("estimates", 1) > 0:
                 adapt_prior(parameter, group, state, self._prior.get(parameter, (None, 0.0))[0])
+        step_together(small, squares, self._newton_lr, ggn=self.curvature == "ggn")
         for parameter, group, total, number in sum_over_shards(noise_sums):
             self.state[parameter]["noise"].lerp_(total / max(number, 1), 1 - group["beta2"])
         self._transient.forget_step()

@@ -7,7 +7,7 @@ between. Blocking signals would not replace the counts, because running out of m
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from mergekit_bayes.optim.noise import Draw
 from mergekit_bayes.optim.shards import local
 from mergekit_bayes.optim.slicing import Items, slices
 from mergekit_bayes.optim.state import Group, ParameterState, update_weights
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -152,7 +154,7 @@ def restore(moved: Moved, noise: Noise, buffers: Buffers) -> None:
             seen += w.numel()
 
 
-def restore_all(all_moved: list[Moved], restore_one: Callable[[Moved], None]) -> None:
+def restore_all(all_moved: list[T], restore_one: Callable[[T], None]) -> None:
     """Put all means back. Ctrl-C meanwhile waits until that is done, and is then raised again."""
     interrupt: BaseException | None = None
     while all_moved:

@@ -51,7 +51,7 @@ def noise_slices(
         The noise of a slice, valid until the next one, and the slices of `others`.
     """
     passes = compiled_passes(hess, decay)
-    generator = None if passes else _seeded(generators, hess.device, seed)
+    generator = None if passes else seeded_generator(generators, hess.device, seed)
     scratch, start = torch.empty(0), 0
     for h, d, *rest in slices(hess, decay, *others):
         if scratch.shape != h.shape or not start:
@@ -66,9 +66,10 @@ def noise_slices(
         yield scratch, *rest
 
 
-def _seeded(
+def seeded_generator(
     generators: dict[torch.device, torch.Generator], device: torch.device, seed: int
 ) -> torch.Generator:
+    """Return the generator of a device, seeded; it is made where it is missing."""
     if device not in generators:
         generators[device] = torch.Generator(device)
     return generators[device].manual_seed(seed)

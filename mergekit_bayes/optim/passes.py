@@ -63,7 +63,7 @@ def noise(
         start: Number of entries already drawn from this seed; a multiple of `BLOCK`.
     """
     decays, d = _entries_or_number(decay)
-    _noise(
+    noise_entries(
         _flat(out),
         _flat(hess),
         decays,
@@ -96,7 +96,7 @@ def ivon_update(
 
     The arguments are the same; all tensors are contiguous float32.
     """
-    _ivon(
+    ivon_entries(
         _flat(mean),
         _flat(momentum),
         _flat(hess),
@@ -130,7 +130,7 @@ def ggn_update(
 
     The arguments are the same; all tensors are contiguous float32.
     """
-    _ggn(
+    ggn_entries(
         _flat(mean),
         _flat(momentum),
         _flat(hess),
@@ -220,13 +220,14 @@ def _normal_pair(a, b):
 
 
 @compiled(error_model="numpy")
-def _noise(out, hess, decays, decay, factor, key0, key1, first):
+def noise_entries(out, hess, decays, decay, factor, key0, key1, first):
+    """Draw the noise of `noise`, from block `first` on; `decays` is None or d of each entry."""
     eps = np.empty((4, _LANES), np.float32)
     flat = eps.reshape(BLOCK)
     for start in range(0, out.size, BLOCK):
         counter = (first + np.uint64(start // BLOCK)) * np.uint64(_LANES)
         low, high = np.uint32(counter), np.uint32(counter >> np.uint64(32))
-        for lane in range(_LANES):
+        for lane in range(min(_LANES, out.size - start)):
             a, b, c, d = _philox(np.uint32(low + np.uint32(lane)), high, key0, key1)
             eps[0, lane], eps[1, lane] = _normal_pair(a, b)
             eps[2, lane], eps[3, lane] = _normal_pair(c, d)
@@ -257,7 +258,7 @@ def _moved(mean, centre, momentum, hess, decay, correction, clip, rate):
 
 
 @compiled(error_model="numpy")
-def _ivon(
+def ivon_entries(
     mean,
     momentum,
     hess,
@@ -274,6 +275,7 @@ def _ivon(
     clip,
     rate,
 ):
+    """Make the step of `ivon_update`; `a1` and `a2` are 1 - b1 and 1 - b2, `half` is a2^2 / 2."""
     for i in range(mean.size):
         d = decay if decays is None else decays[i]
         m_p = np.float32(0) if centre is None else centre[i]
@@ -285,9 +287,10 @@ def _ivon(
 
 
 @compiled(error_model="numpy")
-def _ggn(
+def ggn_entries(
     mean, momentum, hess, grad, squares, share, centre, decays, decay, a1, correction, clip, rate
 ):
+    """Make the step of `ggn_update`; `centre`, `decays` and `squares` may be None."""
     for i in range(mean.size):
         d = decay if decays is None else decays[i]
         m_p = np.float32(0) if centre is None else centre[i]

@@ -6,7 +6,7 @@ sums of a prior on a GPU or in other shards agree to rounding.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,6 +74,39 @@ def checksums(term: PriorTerm) -> tuple[float, float]:
         elif value is not None:
             size += weight * abs(value)
     return size, order
+
+
+def prior_terms(
+    unused: dict[Tensor, tuple[Tensor | None, Tensor | float | None]],
+    groups: Sequence[Group],
+    optimizer: str,
+) -> dict[Tensor, PriorTerm]:
+    """Return the priors of all parameters that have one, and add their checksums to the groups.
+
+    Args:
+        unused: Centre and precision by parameter, as in `prior_term`; emptied.
+        groups: The parameter groups of the optimizer.
+        optimizer: Its name, for messages.
+
+    Raises:
+        ValueError: A prior does not fit, or is of a tensor that is not optimized.
+    """
+    terms: dict[Tensor, PriorTerm] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter in unused:
+                term = prior_term(parameter, *unused.pop(parameter), group, optimizer)
+                terms[parameter] = term
+                size, order = checksums(term)
+                group["prior_sum"] += size
+                # The factor makes it change with the order of the parameters, too.
+                group["prior_order"] += order * (2 + math.sin(len(terms)))
+    if unused:
+        shapes = [tuple(p.shape) for p in unused]
+        raise ValueError(
+            f"{optimizer}: the prior names tensors that are not optimized, of {shapes}"
+        )
+    return terms
 
 
 def check_prior(group: Group, saved: Group, optimizer: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class Sampled:
             None if it is to be made from the noise of `moved`, drawn again, and `grad`.
         squares: VOGN: sum of the squared gradients of single examples.
         moved: The parameter at the sample that `grad` belongs to, while there is only one.
+        way: The module by which it was sampled together with others; None of one alone.
     """
 
     draws: int
@@ -29,6 +31,7 @@ class Sampled:
     noise_grad: Tensor | None = None
     squares: Tensor | None = None
     moved: Moved | None = None
+    way: ModuleType | None = None
 
 
 def add_gradient(sampled: dict[Tensor, Sampled], moved: Moved, gradient: Tensor) -> None:

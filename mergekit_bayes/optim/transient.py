@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mergekit_bayes.optim.moves import Buffers
 from mergekit_bayes.optim.samples import Sampled
+from mergekit_bayes.optim.together import Arenas
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class Transient:
         is_open: Whether the parameters are away from their means.
         ranks_differ: IVON with `rank_noise`: whether the gradients of the ranks were found to
             differ, which is checked in the first step.
+        arenas: Memory of small parameters that is kept for the next step.
         buffers: Tensors of the parameters' sizes that are kept for the next step.
         medians: Medians of the priors' precision over `ess`, by parameter.
         generators: torch's generators of noise, by device.
@@ -42,6 +44,7 @@ class Transient:
     open_observations: int = 0
     is_open: bool = False
     ranks_differ: bool = False
+    arenas: Arenas = field(default_factory=Arenas)
     buffers: Buffers = field(default_factory=Buffers)
     medians: dict[Tensor, float] = field(default_factory=dict)
     generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
@@ -59,3 +62,4 @@ class Transient:
         self.squares.clear()
         self.ascended.clear()
         self.sampled_on_any_rank.clear()
+        self.arenas.forget_step()

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mergekit_bayes.optim.base import PosteriorOptimizer, check_settings
+from mergekit_bayes.optim.base import PosteriorOptimizer
 from mergekit_bayes.optim.moves import Moved
 from mergekit_bayes.optim.prior import Priors
+from mergekit_bayes.optim.ranges import check_settings
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import at_least_float32, take_gradient
 from mergekit_bayes.optim.slicing import slices
