@@ -46,7 +46,7 @@ def weights(folder):
     }
 
 
-@pytest.mark.parametrize("changes", [{}, RESCALED], ids=["plain", "rescaled"])
+@pytest.mark.parametrize("changes", [{}, pytest.param(RESCALED, marks=pytest.mark.slow)])
 def test_a_converted_rate_makes_the_bits_of_the_old_one(tmp_path, data, monkeypatch, changes):
     """An earlier version gave IVON the rate of the settings as it was."""
     old = 0.3
