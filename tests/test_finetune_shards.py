@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 import mergekit_bayes.finetune.fsdp as fsdp
 import mergekit_bayes.finetune.gathered as gathered
 from mergekit_bayes import launcher, ranks
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.data import load_run
 from mergekit_bayes.finetune.run import run_finetune
@@ -50,6 +51,7 @@ RESUMED = {
     "bfloat16": {"curvature_every": 2, "dtype": "bfloat16"},
     "ggn adapter": {"curvature_every": 2, "lora": {"r": 1}, "dtype": "bfloat16"},
     "adamw flush": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "autocast": {"curvature_every": 2, "bf16": True},
 }
 FAST = ("price", "ggn")
 FILES = ("model.safetensors", "adapter_model.safetensors", "posterior/precision.posterior")
@@ -97,6 +99,8 @@ def child(folder):
             found[name] = report.model_dump(mode="json")
     for name in (n for n in RESUMED if n in runs):
         found |= {f"{name} {k}": v for k, v in resumed(folder, name).items()}
+    if "bfloat16" in runs:
+        found["full disk"] = failing_store(folder)
     found["world"] = ranks.world()
     everywhere = [None, None]
     dist.all_gather_object(everywhere, found)
@@ -123,6 +127,28 @@ def resumed(folder, name):
         again = {"output": str(folder / f"{name}-{at}"), "resume": True}
         run_finetune(config.model_copy(update=again), quiet=True)
     return {"alive": alive, "files": files}
+
+
+def failing_store(folder):
+    """The message where the first process cannot write the second tensor, from the last step on."""
+    if ranks.is_main():
+        shutil.copytree(folder / "bfloat16-last.checkpoints", folder / "full.checkpoints")
+    dist.barrier()
+    written = []
+
+    def write_bytes(self, name, offset, data):
+        written.append(name)
+        if len(written) > 1:
+            raise CheckpointError(f"{name}: the disk is full")
+
+    again = {**RESUMED["bfloat16"], "save_steps": 4, "resume": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathered.SafetensorsSink, "write_bytes", write_bytes)
+        try:
+            run_finetune(settings(folder, "full", **again), quiet=True)
+        except CheckpointError as error:
+            return str(error)
+    return ""
 
 
 def watch_whole_tensors(patch):
@@ -290,6 +316,14 @@ def test_what_shards_have_stored_is_merged_by_precision(fast, tmp_path):
         # The merge of a model with itself; its precision is for another ess.
         scale = merged[name].sum() / value.sum() if "precision" in name else 1
         np.testing.assert_allclose(merged[name], scale * value, rtol=1e-3, err_msg=name)
+
+
+@slow
+def test_all_processes_tell_what_the_first_one_could_not_write(others):
+    folder, reports = others
+    assert all("the disk is full" in of_rank["full disk"] for of_rank in reports)
+    assert not (folder / "full").exists()
+    assert (folder / "full.checkpoints" / "checkpoint-5").exists()
 
 
 @slow

@@ -164,6 +164,8 @@ def _load_trained(trainer: "Trainer", checkpoint: Checkpoint, *, is_ivon: bool) 
     """
     with _loading(checkpoint):
         trainer._load_from_checkpoint(str(checkpoint.path))
+        # After training a flush computes as training did, under its autocast.
+        trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
         if is_ivon:
             trainer.create_optimizer()
             if is_sharded(trainer.model):
