@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 import mergekit_bayes.finetune.fsdp as fsdp
 import mergekit_bayes.finetune.gathered as gathered
 from mergekit_bayes import launcher, ranks
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.data import load_run
 from mergekit_bayes.finetune.run import run_finetune
@@ -50,6 +51,7 @@ RESUMED = {
     "bfloat16": {"curvature_every": 2, "dtype": "bfloat16"},
     "ggn adapter": {"curvature_every": 2, "lora": {"r": 1}, "dtype": "bfloat16"},
     "adamw flush": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "autocast": {"curvature_every": 2, "bf16": True},
 }
 FAST = ("price", "ggn")
 FILES = ("model.safetensors", "adapter_model.safetensors", "posterior/precision.posterior")
@@ -93,10 +95,14 @@ def child(folder):
                 patch.setenv("ACCELERATE_USE_FSDP", "true")
                 patch.setenv("FSDP_VERSION", "2")
                 changes = {**changes, "shard": False}
+            if name == "experts":
+                patch.setattr(gathered, "_FILE", 2000)
             report = run_finetune(settings(folder, f"{name}-two", **changes), quiet=True)
             found[name] = report.model_dump(mode="json")
     for name in (n for n in RESUMED if n in runs):
         found |= {f"{name} {k}": v for k, v in resumed(folder, name).items()}
+    if "bfloat16" in runs:
+        found["full disk"] = failing_store(folder)
     found["world"] = ranks.world()
     everywhere = [None, None]
     dist.all_gather_object(everywhere, found)
@@ -123,6 +129,28 @@ def resumed(folder, name):
         again = {"output": str(folder / f"{name}-{at}"), "resume": True}
         run_finetune(config.model_copy(update=again), quiet=True)
     return {"alive": alive, "files": files}
+
+
+def failing_store(folder):
+    """The message where the first process cannot write the second tensor, from the last step on."""
+    if ranks.is_main():
+        shutil.copytree(folder / "bfloat16-last.checkpoints", folder / "full.checkpoints")
+    dist.barrier()
+    written = []
+
+    def write_bytes(self, name, offset, data):
+        written.append(name)
+        if len(written) > 1:
+            raise CheckpointError(f"{name}: the disk is full")
+
+    again = {**RESUMED["bfloat16"], "save_steps": 4, "resume": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathered.SafetensorsSink, "write_bytes", write_bytes)
+        try:
+            run_finetune(settings(folder, "full", **again), quiet=True)
+        except CheckpointError as error:
+            return str(error)
+    return ""
 
 
 def watch_whole_tensors(patch):
@@ -197,10 +225,10 @@ def two(name, request):
 def stored(folder):
     """All tensors of a model or an adapter and of its precision."""
     tensors = {}
-    for file in FILES:
-        if (folder / file).exists():
-            of_file = safetensors.numpy.load_file(folder / file)
-            tensors |= {f"{file} {name}": value for name, value in of_file.items()}
+    for kind, pattern in (("mean", "*model*.safetensors"), ("precision", "posterior/*.posterior")):
+        for file in folder.glob(pattern):
+            of_file = safetensors.numpy.load_file(file)
+            tensors |= {f"{kind} {name}": value for name, value in of_file.items()}
     for name in (n for n in tensors if n.endswith("c_attn.bias")):
         # No output depends on the bias of the keys, whose gradient is rounding alone.
         tensors[name] = np.delete(tensors[name], np.s_[16:32])
@@ -218,7 +246,7 @@ def test_shards_train_what_one_process_trains(two, name, monkeypatch):
     config = settings(folder, f"{name}-one", **{**COMPARED[name], **one_process})
     report = run_finetune(config, quiet=True)
     ours, theirs = stored(folder / f"{name}-one"), stored(folder / f"{name}-two")
-    assert list(ours) == list(theirs)
+    assert set(ours) == set(theirs)
     start = stored(Path(config.model))
     for tensor, value in ours.items():
         size = 1e-5 * abs(value).max() if "precision" in tensor else 1e-7  # a step is 1e-4
@@ -234,6 +262,17 @@ def test_shards_train_what_one_process_trains(two, name, monkeypatch):
     configs = [(folder / f"{name}-{n}" / "config.json") for n in ("one", "two")]
     if configs[0].exists():
         assert configs[0].read_text() == configs[1].read_text()
+
+
+@slow
+def test_large_models_are_stored_in_several_files(others):
+    folder, _ = others
+    several = folder / "experts-two"
+    files = sorted(path.name for path in several.glob("model*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 2
+    assert set(tiny.read(several)) == set(tiny.read(folder / "experts"))
+    transformers.AutoModelForCausalLM.from_pretrained(several)
 
 
 @pytest.mark.parametrize("at", ["fourth", "last"])
@@ -290,6 +329,14 @@ def test_what_shards_have_stored_is_merged_by_precision(fast, tmp_path):
         # The merge of a model with itself; its precision is for another ess.
         scale = merged[name].sum() / value.sum() if "precision" in name else 1
         np.testing.assert_allclose(merged[name], scale * value, rtol=1e-3, err_msg=name)
+
+
+@slow
+def test_all_processes_tell_what_the_first_one_could_not_write(others):
+    folder, reports = others
+    assert all("the disk is full" in of_rank["full disk"] for of_rank in reports)
+    assert not (folder / "full").exists()
+    assert (folder / "full.checkpoints" / "checkpoint-5").exists()
 
 
 @slow

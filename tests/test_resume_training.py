@@ -255,6 +255,16 @@ def test_checkpoints_of_an_earlier_run_are_neither_taken_nor_lost_unasked(tmp_pa
     assert left == {"checkpoint-5", "checkpoint-7"}
 
 
+def test_a_flush_after_the_last_step_computes_as_one_after_training(tmp_path, data):
+    """In bfloat16 where that is what training computed in."""
+    changes = {"bf16": True, "max_steps": 3}
+    run_finetune(settings(tmp_path, data, **changes), quiet=True)
+    whole = [(tmp_path / "out" / file).read_bytes() for file in LEFT]
+    again = settings(tmp_path, data, resume=True, force=True, **changes)
+    run_finetune(again, quiet=True)
+    assert [(tmp_path / "out" / file).read_bytes() for file in LEFT] == whole
+
+
 def test_resuming_without_checkpoints_is_refused(tmp_path, data):
     with pytest.raises(ConfigError, match="only with save_steps"):
         run_finetune(settings(tmp_path, data, save_steps=None, resume=True), quiet=True)

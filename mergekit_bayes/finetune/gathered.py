@@ -55,6 +55,7 @@ class Gathered:
         self._run, self._optimizer = run, optimizer
         self._model = run.loaded.model
         self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        self._kept = kept_tensors(self._model)
         self._curvature: dict[str, Tensor] = {}  # this rank's rows, per observation
         self._ask: Callable[[_Asked], object] = self._do
         self._found: Tensor | dict[str, float] | None = None
@@ -106,7 +107,7 @@ class Gathered:
             self._model.save_pretrained(folder, state_dict=self.adapter("weight"))
             return
         self._model.save_pretrained(folder, state_dict={})  # all but the weights
-        places = stored_places(self._model, kept_tensors(self._model))
+        places = stored_places(self._model, self._kept)
         owners = {part: name for name, stored in places.items() for part in stored}
         specs = {
             part: TensorSpec(stored_dtype(like), tuple(like.shape))
@@ -145,7 +146,7 @@ class Gathered:
         elif asked.kind == "health":
             self._found = self._health()
         elif asked.kind == "weight":
-            self._found = whole_tensor(kept_tensors(self._model)[asked.name])
+            self._found = whole_tensor(self._kept[asked.name])
         else:
             self._found = whole_tensor(self._rows(asked.name))
 

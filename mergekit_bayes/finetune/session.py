@@ -214,6 +214,8 @@ def _load_trained(trainer: "Trainer", checkpoint: Checkpoint, *, is_ivon: bool) 
         trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
         trainer.state.best_model_checkpoint = None if best is None else str(best.path)
         trainer._load_from_checkpoint(str(path))
+        # After training a flush computes as training did, under its autocast.
+        trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
         if is_ivon:
             trainer.create_optimizer()
             if is_sharded(trainer.model):
