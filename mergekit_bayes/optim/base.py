@@ -30,7 +30,8 @@ from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local, shard_index
 from mergekit_bayes.optim.slicing import Items
 from mergekit_bayes.optim.state import COUNTERS, Group, ParameterState
-from mergekit_bayes.optim.together import Gathered, Member, Pending, Together, goes_together
+from mergekit_bayes.optim.steps_together import Pending
+from mergekit_bayes.optim.together import Gathered, Member, Together, goes_together
 from mergekit_bayes.optim.transient import Transient
 
 _MARKS = {"mc_samples", "rho"}  # settings by which the optimizer of a checkpoint is told

@@ -1,7 +1,8 @@
-"""Many small parameters that are sampled, put back and stepped in one call each.
+"""Many small parameters that leave their means and come back in one call each.
 
 A call for each of them would cost the host ten times its arithmetic. All numbers are the same as
 those of a parameter alone, bit for bit on a CPU with numba (`pointed`); elsewhere by `foreach`.
+`steps_together` makes their steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import groupby
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,12 @@ from torch.nn import Parameter
 
 from mergekit_bayes.draws import mixes
 from mergekit_bayes.optim import foreach, slicing
-from mergekit_bayes.optim.health import ROW
 from mergekit_bayes.optim.noise import Draw
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import at_least_float32, take_gradient
 from mergekit_bayes.optim.state import Group, ParameterState
 
-SMALL = 1 << 15  # entries of a parameter at most; larger ones take longer than their call
+SMALL = 1 << 16  # entries of a parameter at most; larger ones take longer than their call
 _IN_FLIGHT = 2  # of the memory of samples: the sums of earlier ones, and the present one
 POINTED = "mergekit_bayes.optim.pointed"
 
@@ -122,6 +122,7 @@ class Together:
 
     def __init__(self, way: ModuleType, draw: Draw, arenas: Arenas) -> None:
         self.members: list[Member] = []
+        self.entries = 0
         self._way: Any = way
         self._draw = draw
         self._arenas = arenas
@@ -219,7 +220,8 @@ class Gathered:
     def __init__(self, draw: Draw, arenas: Arenas) -> None:
         self._draw = draw
         self._arenas = arenas
-        self._together: dict[torch.device, Together] = {}
+        self._together: list[Together] = []
+        self._latest: dict[torch.device, Together] = {}
         # Loaded when it is needed, like the compiled passes themselves.
         self._on_cpu = import_module(POINTED) if slicing.passes_module() else foreach
 
@@ -228,129 +230,19 @@ class Gathered:
         way = self._on_cpu if member.parameter.is_cpu else foreach
         if not fits(way, member.parameter, member.state):
             return False
-        device = member.parameter.device
-        if device not in self._together:
-            self._together[device] = Together(way, self._draw, self._arenas)
-        self._together[device].members.append(member)
+        device, size = member.parameter.device, member.parameter.numel()
+        latest = self._latest.get(device)
+        # On a GPU scratch memory does not grow with the number of parameters.
+        if latest is None or (way is foreach and latest.entries + size > slicing.GPU_SLICE):
+            latest = self._latest[device] = Together(way, self._draw, self._arenas)
+            self._together.append(latest)
+        latest.members.append(member)
+        latest.entries += size
         return True
 
     def all(self) -> list[Together]:
-        """Return the parameters, those of one device together."""
-        return list(self._together.values())
-
-
-class Pending(NamedTuple):
-    """A small parameter whose step is to be made.
-
-    Attributes:
-        parameter: The parameter.
-        group: Its parameter group.
-        state: Its state.
-        sampled: The sums over its samples.
-    """
-
-    parameter: Tensor
-    group: Group
-    state: ParameterState
-    sampled: Sampled
-
-
-def step_together(
-    entries: Sequence[Pending],
-    squares: dict[Tensor, Tensor],
-    rate: Callable[[Tensor, Group], float],
-    *,
-    ggn: bool,
-) -> None:
-    """Make the steps of small parameters, as `steps` does those of one alone.
-
-    Args:
-        entries: The parameters and the sums over their samples.
-        squares: Under "ggn" estimates of the Hessian diagonal; those used are taken out.
-        rate: The learning rate of a Newton step.
-        ggn: Whether the curvature is "ggn".
-    """
-    if not entries:
-        return
-    torch._foreach_add_([e.state["step"] for e in entries], torch.ones(()), alpha=1.0)
-    _average([e.sampled for e in entries])
-    runs: dict[tuple[Any, ...], list[Pending]] = {}
-    for entry in entries:
-        state = entry.state
-        estimate = int(state["estimates"]) if ggn else 0
-        place = (entry.sampled.way, entry.parameter.device, id(entry.group))
-        key = (*place, int(state["step"]), estimate, entry.parameter in squares)
-        runs.setdefault(key, []).append(entry)
-    for run in runs.values():
-        if ggn:
-            _ggn_step(run, [squares.pop(e.parameter, None) for e in run])
-        else:
-            _price_step(run, rate(run[0].parameter, run[0].group))
-
-
-def _price_step(run: Sequence[Pending], lr: float) -> None:
-    """Make the step of parameters that share settings and number of steps."""
-    first, group = run[0], run[0].group
-    way: Any = first.sampled.way
-    seen = way.price_step(
-        *_tensors(run),
-        [e.sampled.noise_grad for e in run],
-        viewed=ROW,
-        step=int(first.state["step"]),
-        lr=lr,
-        ess=group["ess"],
-        beta1=group["beta1"],
-        beta2=group["beta2"],
-        weight_decay=group["weight_decay"],
-        clip_radius=group["clip_radius"],
-        debias=group["debias"],
-    )
-    torch._foreach_lerp_([e.state["noise"] for e in run], seen, 1 - group["beta2"])
-
-
-def _ggn_step(run: Sequence[Pending], squares: list[Tensor | None]) -> None:
-    """Make the step of parameters that share settings and numbers of steps and estimates."""
-    first, group = run[0], run[0].group
-    if squares[0] is not None:
-        torch._foreach_add_([e.state["estimates"] for e in run], torch.ones(()), alpha=1.0)
-    elif not first.state["estimates"]:  # without a curvature there is no Newton step
-        momenta = [e.state["momentum"] for e in run]
-        gradients = [e.sampled.grad.float() for e in run]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["beta1"])
-        return
-    beta2, way = group["beta2"], cast("Any", first.sampled.way)
-    way.ggn_step(
-        *_tensors(run),
-        squares,
-        share=(1 - beta2) / (1 - beta2 ** max(1, int(first.state["estimates"]))),
-        step=int(first.state["step"]),
-        lr=group["lr"],
-        beta1=group["beta1"],
-        weight_decay=group["weight_decay"],
-        clip_radius=group["clip_radius"],
-        debias=group["debias"],
-    )
-
-
-def _tensors(run: Sequence[Pending]) -> tuple[list[Any], ...]:
-    """Return weights, means, momenta, h and gradients."""
-    states = [e.state for e in run]
-    return (
-        [e.parameter for e in run],
-        [state.get("mean") for state in states],
-        [state["momentum"] for state in states],
-        [state["hess"] for state in states],
-        [e.sampled.grad for e in run],
-    )
-
-
-def _average(sums: Sequence[Sampled]) -> None:
-    """Divide sums over several samples by their number."""
-    several = [s for s in sums if s.draws > 1]
-    tensors = [(s.grad, s.draws) for s in several]
-    tensors += [(s.noise_grad, s.draws) for s in several if s.noise_grad is not None]
-    if tensors:
-        torch._foreach_div_([t for t, _ in tensors], [float(draws) for _, draws in tensors])
+        """Return all parameters; those of a device are together."""
+        return self._together
 
 
 def _plain_gradient(parameter: Tensor) -> Tensor:
