@@ -167,8 +167,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if transient.is_open:
             raise RuntimeError("sampled_params cannot be nested")
         all_moved: list[Moved | Together] = []
-        gathers = self._gathers and self.restore == "copy"
-        small = Gathered(draw, transient.arenas) if gathers and draw else None
+        small = self._gathered(draw) if self._gathers and self.restore == "copy" and draw else None
         try:
             transient.is_open = True
             with torch.no_grad():
@@ -199,6 +198,10 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 restore_all(all_moved, self._restore)
             finally:
                 transient.is_open = False
+
+    def _gathered(self, draw: Draw) -> Gathered:
+        keeps_noise = self._uses_noise and draw.stream == TRAIN
+        return Gathered(draw, self._transient.arenas, keeps_noise=keeps_noise)
 
     def _add_noise(self, moved: Moved) -> None:
         is_training = moved.draw is not None and moved.draw.stream == TRAIN

@@ -8,7 +8,7 @@ those of a parameter alone, bit for bit on a CPU with numba (`pointed`); elsewhe
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import groupby
+from itertools import compress, groupby
 from types import ModuleType
 from typing import Any
 
@@ -87,6 +87,8 @@ class Arenas:
 
     def take(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return float32 tensors of the shapes of some, on their device, one after the other."""
+        if not parameters:
+            return []
         if self.free and parameters[0].is_cpu:
             kept = self.free.pop()
             if [k.shape for k in kept] == [p.shape for p in parameters]:
@@ -98,7 +100,8 @@ class Arenas:
     def give(self, kept: list[Tensor]) -> None:
         """Give memory back that is no longer in use."""
         # Outside of inference mode a tensor made in it could not be written to.
-        if len(self.free) < _IN_FLIGHT and kept[0].is_cpu and not kept[0].is_inference():
+        is_wanted = len(self.free) < _IN_FLIGHT and bool(kept)
+        if is_wanted and kept[0].is_cpu and not kept[0].is_inference():
             self.free.append(kept)
 
     def forget_step(self) -> None:
@@ -118,18 +121,21 @@ class Together:
         way: The module that works on them.
         draw: The draw of their noise.
         arenas: Memory for their means.
+        keeps_noise: Whether the noise is kept beside a float32 master.
     """
 
-    def __init__(self, way: ModuleType, draw: Draw, arenas: Arenas) -> None:
+    def __init__(self, way: ModuleType, draw: Draw, arenas: Arenas, *, keeps_noise: bool) -> None:
         self.members: list[Member] = []
         self.entries = 0
         self._way: Any = way
         self._draw = draw
         self._arenas = arenas
+        self._keeps_noise = keeps_noise
+        self._arena: list[Tensor] = []
         self._flags = np.zeros(2, np.int64)
         self._weights: list[Tensor] = []
         self._means: list[Tensor | None] = []
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor | None] = []
 
     def leave(
         self,
@@ -145,7 +151,10 @@ class Together:
         """
         self._weights = [m.parameter for m in self.members]
         self._means = [m.state.get("mean") for m in self.members]
-        self._kept = self._arenas.take(self._weights)
+        keeps = [mean is None or self._keeps_noise for mean in self._means]
+        self._arena = self._arenas.take(list(compress(self._weights, keeps)))
+        memory = iter(self._arena)
+        self._kept = [next(memory) if is_kept else None for is_kept in keeps]
         hess = [m.state["hess"] for m in self.members]
         decays = [float(m.group["weight_decay"]) for m in self.members]
         factors = [self._factor(m) for m in self.members]
@@ -163,7 +172,7 @@ class Together:
         gradients = [None if p.grad is None else _plain_gradient(p) for p in self._weights]
         asked = gradients if uses_noise else [None] * len(gradients)
         products = self._way.come_back(self._weights, self._means, self._kept, asked, self._flags)
-        again: list[tuple[Sampled, Tensor, Tensor]] = []
+        again: list[tuple[Sampled, Tensor, Any]] = []
         is_used = False
         for p, gradient, product in zip(self._weights, gradients, products, strict=True):
             if gradient is None:
@@ -179,21 +188,20 @@ class Together:
         if again:
             torch._foreach_add_([e.grad for e, _, _ in again], [g for _, g, _ in again])
             if uses_noise:
-                sums = [e.noise_grad for e, _, _ in again if e.noise_grad is not None]
+                sums: list[Any] = [earlier.noise_grad for earlier, *_ in again]
                 torch._foreach_add_(sums, [product for *_, product in again])
         if is_used:
-            self._arenas.taken.append(self._kept)
+            self._arenas.taken.append(self._arena)
         else:
-            self._arenas.give(self._kept)
-        self._kept = []
+            self._arenas.give(self._arena)
+        self._arena = []
 
     def restore(self) -> None:
         """Put all members back that are away."""
         if self._flags[0] and not self._flags[1]:
             nothing = [None] * len(self._weights)
             self._way.come_back(self._weights, self._means, self._kept, nothing, self._flags)
-        if self._kept:
-            self._arenas.give(self._kept)
+        self._arenas.give(self._arena)
 
     def _factor(self, member: Member) -> float:
         if not member.state.get("estimates", 1):
@@ -215,11 +223,12 @@ class Gathered:
     Args:
         draw: The draw of their noise.
         arenas: Memory for their means.
+        keeps_noise: Whether the noise is kept beside float32 masters.
     """
 
-    def __init__(self, draw: Draw, arenas: Arenas) -> None:
-        self._draw = draw
-        self._arenas = arenas
+    def __init__(self, draw: Draw, arenas: Arenas, *, keeps_noise: bool) -> None:
+        self._settings = (draw, arenas)
+        self._keeps_noise = keeps_noise
         self._together: list[Together] = []
         self._latest: dict[torch.device, Together] = {}
         # Loaded when it is needed, like the compiled passes themselves.
@@ -234,7 +243,9 @@ class Gathered:
         latest = self._latest.get(device)
         # On a GPU scratch memory does not grow with the number of parameters.
         if latest is None or (way is foreach and latest.entries + size > slicing.GPU_SLICE):
-            latest = self._latest[device] = Together(way, self._draw, self._arenas)
+            latest = self._latest[device] = Together(
+                way, *self._settings, keeps_noise=self._keeps_noise
+            )
             self._together.append(latest)
         latest.members.append(member)
         latest.entries += size
