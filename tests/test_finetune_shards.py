@@ -90,6 +90,7 @@ def child(folder):
     for name in (n for n in COMPARED if n in runs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(IVON, "_noise", FixedNoise._noise)
+            patch.setattr(IVON, "_gathers", FixedNoise._gathers)
             changes = COMPARED[name]
             if name == "adamw":  # as `accelerate launch --use_fsdp --fsdp_version 2` asks for it
                 patch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -242,6 +243,7 @@ def test_shards_train_what_one_process_trains(two, name, monkeypatch):
     """
     folder, reports = two
     monkeypatch.setattr(IVON, "_noise", FixedNoise._noise)
+    monkeypatch.setattr(IVON, "_gathers", FixedNoise._gathers)
     one_process = {"shard": False, "num_processes": None, "batch_size": 4}
     config = settings(folder, f"{name}-one", **{**COMPARED[name], **one_process})
     report = run_finetune(config, quiet=True)

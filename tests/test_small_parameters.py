@@ -100,10 +100,20 @@ def test_together_makes_the_bits_of_each_alone(kind, dtype, way, monkeypatch):
     check_equal(ours, alone, noise=1e-5 if way == "foreach" else 0)
 
 
+@pytest.mark.parametrize("kind", ["price", "ggn"])
+def test_no_bit_depends_on_how_many_go_together(kind, monkeypatch):
+    monkeypatch.setattr(slicing, "passes_module", lambda: None)
+    whole = run(torch.float32, kind)
+    monkeypatch.setattr(slicing, "GPU_SLICE", 3000)  # on a CPU slices of one parameter are SLICE
+    check_equal(run(torch.float32, kind), whole)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("slice_size", [1 << 24, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_together_is_as_each_alone(kind, dtype, monkeypatch):
+def test_on_a_gpu_together_is_as_each_alone(kind, dtype, slice_size, monkeypatch):
+    monkeypatch.setattr(slicing, "GPU_SLICE", slice_size)
     ours = run(dtype, kind, device="cuda")
     monkeypatch.setattr(together, "SMALL", -1)
     alone = run(dtype, kind, device="cuda")

@@ -7,7 +7,8 @@
     samples    sums gradients, and noise * gradient, over the samples of a step
     squares    sums squared gradients instead, the curvature that IVON is given under "ggn"
     steps      makes IVON's step of one parameter, by the equations in `updates`
-    together   does all that for many small parameters in one call, by `pointed` or `foreach`
+    together   does all that for many small parameters in one call, by `pointed` or `foreach`;
+               `steps_together` makes their steps
     state      declares what a checkpoint holds of each parameter, and says where the mean is
     transient  declares what an optimizer holds besides, between the samples of a step
 """

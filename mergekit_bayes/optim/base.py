@@ -30,7 +30,8 @@ from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local, shard_index
 from mergekit_bayes.optim.slicing import Items
 from mergekit_bayes.optim.state import COUNTERS, Group, ParameterState
-from mergekit_bayes.optim.together import Gathered, Member, Pending, Together, goes_together
+from mergekit_bayes.optim.steps_together import Pending
+from mergekit_bayes.optim.together import Gathered, Member, Together, goes_together
 from mergekit_bayes.optim.transient import Transient
 
 _MARKS = {"mc_samples", "rho"}  # settings by which the optimizer of a checkpoint is told
@@ -171,8 +172,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if transient.is_open:
             raise RuntimeError("sampled_params cannot be nested")
         all_moved: list[Moved | Together] = []
-        gathers = self._gathers and self.restore == "copy"
-        small = Gathered(draw, transient.arenas) if gathers and draw else None
+        small = self._gathered(draw) if self._gathers and self.restore == "copy" and draw else None
         try:
             transient.is_open = True
             with torch.no_grad():
@@ -203,6 +203,10 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 restore_all(all_moved, self._restore)
             finally:
                 transient.is_open = False
+
+    def _gathered(self, draw: Draw) -> Gathered:
+        keeps_noise = self._uses_noise and draw.stream == TRAIN
+        return Gathered(draw, self._transient.arenas, keeps_noise=keeps_noise)
 
     def _add_noise(self, moved: Moved) -> None:
         is_training = moved.draw is not None and moved.draw.stream == TRAIN

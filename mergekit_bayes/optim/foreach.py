@@ -35,7 +35,7 @@ def fits(parameter: Tensor, *state: Tensor) -> bool:
 def leave(
     weights: Sequence[Tensor],
     means: Sequence[Tensor | None],
-    kept: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
     hess: Sequence[Tensor],
     decays: Sequence[float],
     factors: Sequence[float],
@@ -48,7 +48,8 @@ def leave(
     Args:
         weights: The parameters.
         means: Their float32 masters, or None.
-        kept: Overwritten with the mean, or beside a master with the noise.
+        kept: Overwritten with the mean, or beside a master with the noise; None where that is
+            not needed.
         hess: h.
         decays: d, the prior's precision over ess.
         factors: `sign / sqrt(ess)`. With 0 the noise is zero, and nothing is drawn.
@@ -69,7 +70,9 @@ def leave(
         return
     masters, rounded, drawn = _at(means, mastered), _at(weights, mastered), _at(noise, mastered)
     _follow_weights(rounded, masters)
-    torch._foreach_copy_(_at(kept, mastered), drawn)
+    asked = [k for k in mastered if kept[k] is not None]
+    if asked:
+        torch._foreach_copy_(_at(kept, asked), _at(noise, asked))
     torch._foreach_add_(drawn, masters)
     torch._foreach_copy_(rounded, drawn)
 
@@ -77,10 +80,10 @@ def leave(
 def come_back(
     weights: Sequence[Tensor],
     means: Sequence[Tensor | None],
-    kept: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
     flags: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Put parameters back to their means, and return noise * gradient; as in `pointed`.
 
     Args:
@@ -101,7 +104,7 @@ def come_back(
             plain, torch._foreach_sub(_at(weights, plain), _at(kept, plain)), strict=True
         ):
             noise[k] = drawn
-    sources = [k if mean is None else mean for k, mean in zip(kept, means, strict=True)]
+    sources: list[Any] = [k if m is None else m for k, m in zip(kept, means, strict=True)]
     torch._foreach_copy_(list(weights), sources)
     flags[1] = 1
     if asked:

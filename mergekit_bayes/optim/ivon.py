@@ -28,7 +28,7 @@ from mergekit_bayes.optim.shards import sum_over_shards, take_gradient
 from mergekit_bayes.optim.squares import add_squares, mean_squares
 from mergekit_bayes.optim.state import Group, ParameterState
 from mergekit_bayes.optim.steps import adapt_prior, ggn_step, price_step
-from mergekit_bayes.optim.together import Pending, step_together
+from mergekit_bayes.optim.steps_together import Pending, step_together
 
 
 class IVON(PosteriorOptimizer):
@@ -41,8 +41,7 @@ class IVON(PosteriorOptimizer):
             optimizer.step()
 
     The loss is a mean over the observations that `ess` counts. Clipping and unscaling belong
-    inside the context, which takes the gradients when it closes. Replicas (DDP) draw the same
-    noise; shards (DTensor) each their own.
+    inside the context, which takes the gradients when it closes.
 
     Under `fully_shard` all ranks see the same gathered sample, so a step is one sample on the
     global batch. Make the optimizer after sharding, and shard the root with

@@ -40,7 +40,7 @@ def fits(parameter: Tensor, *state: Tensor) -> bool:
 def leave(
     weights: Sequence[Tensor],
     means: Sequence[Tensor | None],
-    kept: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
     hess: Sequence[Tensor],
     decays: Sequence[float],
     factors: Sequence[float],
@@ -54,7 +54,8 @@ def leave(
         weights: The parameters.
         means: Their float32 masters, which first follow the weights where these were changed from
             outside; None where the parameter is the mean.
-        kept: Overwritten: with the mean, or beside a master with the noise; float32.
+        kept: Overwritten: with the mean, or beside a master with the noise; float32. None beside
+            a master whose noise is not needed.
         hess: h.
         decays: d, the prior's precision over ess.
         factors: `sign / sqrt(ess)`. With 0 the noise is zero.
@@ -77,10 +78,10 @@ def leave(
 def come_back(
     weights: Sequence[Tensor],
     means: Sequence[Tensor | None],
-    kept: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
     flags: Flags,
-) -> Sequence[Tensor]:
+) -> Sequence[Tensor | None]:
     """Put parameters back to their means, and return noise * gradient.
 
     Args:
@@ -284,8 +285,9 @@ def _leave(addresses, sizes, decays, factors, seeds, flags):
             for i in range(n):
                 weight = _widened(halves[i])
                 mean[i] = mean[i] if _widened(_narrowed(mean[i])) == weight else weight
-                kept[i] = drawn[i]
                 halves[i] = _narrowed(drawn[i] + mean[i])
+            if addresses[k, 2] != 0:
+                kept[:] = drawn
     flags[0] = 1
 
 

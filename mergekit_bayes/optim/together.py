@@ -1,15 +1,16 @@
-"""Many small parameters that are sampled, put back and stepped in one call each.
+"""Many small parameters that leave their means and come back in one call each.
 
 A call for each of them would cost the host ten times its arithmetic. All numbers are the same as
 those of a parameter alone, bit for bit on a CPU with numba (`pointed`); elsewhere by `foreach`.
+`steps_together` makes their steps.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import groupby
+from itertools import compress, groupby
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,12 @@ from torch.nn import Parameter
 
 from mergekit_bayes.draws import mixes
 from mergekit_bayes.optim import foreach, slicing
-from mergekit_bayes.optim.health import ROW
 from mergekit_bayes.optim.noise import Draw
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import at_least_float32, take_gradient
 from mergekit_bayes.optim.state import Group, ParameterState
 
-SMALL = 1 << 15  # entries of a parameter at most; larger ones take longer than their call
+SMALL = 1 << 16  # entries of a parameter at most; larger ones take longer than their call
 _IN_FLIGHT = 2  # of the memory of samples: the sums of earlier ones, and the present one
 POINTED = "mergekit_bayes.optim.pointed"
 
@@ -87,6 +87,8 @@ class Arenas:
 
     def take(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return float32 tensors of the shapes of some, on their device, one after the other."""
+        if not parameters:
+            return []
         if self.free and parameters[0].is_cpu:
             kept = self.free.pop()
             if [k.shape for k in kept] == [p.shape for p in parameters]:
@@ -98,7 +100,8 @@ class Arenas:
     def give(self, kept: list[Tensor]) -> None:
         """Give memory back that is no longer in use."""
         # Outside of inference mode a tensor made in it could not be written to.
-        if len(self.free) < _IN_FLIGHT and kept[0].is_cpu and not kept[0].is_inference():
+        is_wanted = len(self.free) < _IN_FLIGHT and bool(kept)
+        if is_wanted and kept[0].is_cpu and not kept[0].is_inference():
             self.free.append(kept)
 
     def forget_step(self) -> None:
@@ -118,17 +121,21 @@ class Together:
         way: The module that works on them.
         draw: The draw of their noise.
         arenas: Memory for their means.
+        keeps_noise: Whether the noise is kept beside a float32 master.
     """
 
-    def __init__(self, way: ModuleType, draw: Draw, arenas: Arenas) -> None:
+    def __init__(self, way: ModuleType, draw: Draw, arenas: Arenas, *, keeps_noise: bool) -> None:
         self.members: list[Member] = []
+        self.entries = 0
         self._way: Any = way
         self._draw = draw
         self._arenas = arenas
+        self._keeps_noise = keeps_noise
+        self._arena: list[Tensor] = []
         self._flags = np.zeros(2, np.int64)
         self._weights: list[Tensor] = []
         self._means: list[Tensor | None] = []
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor | None] = []
 
     def leave(
         self,
@@ -144,7 +151,10 @@ class Together:
         """
         self._weights = [m.parameter for m in self.members]
         self._means = [m.state.get("mean") for m in self.members]
-        self._kept = self._arenas.take(self._weights)
+        keeps = [mean is None or self._keeps_noise for mean in self._means]
+        self._arena = self._arenas.take(list(compress(self._weights, keeps)))
+        memory = iter(self._arena)
+        self._kept = [next(memory) if is_kept else None for is_kept in keeps]
         hess = [m.state["hess"] for m in self.members]
         decays = [float(m.group["weight_decay"]) for m in self.members]
         factors = [self._factor(m) for m in self.members]
@@ -162,7 +172,7 @@ class Together:
         gradients = [None if p.grad is None else _plain_gradient(p) for p in self._weights]
         asked = gradients if uses_noise else [None] * len(gradients)
         products = self._way.come_back(self._weights, self._means, self._kept, asked, self._flags)
-        again: list[tuple[Sampled, Tensor, Tensor]] = []
+        again: list[tuple[Sampled, Tensor, Any]] = []
         is_used = False
         for p, gradient, product in zip(self._weights, gradients, products, strict=True):
             if gradient is None:
@@ -178,21 +188,20 @@ class Together:
         if again:
             torch._foreach_add_([e.grad for e, _, _ in again], [g for _, g, _ in again])
             if uses_noise:
-                sums = [e.noise_grad for e, _, _ in again if e.noise_grad is not None]
+                sums: list[Any] = [earlier.noise_grad for earlier, *_ in again]
                 torch._foreach_add_(sums, [product for *_, product in again])
         if is_used:
-            self._arenas.taken.append(self._kept)
+            self._arenas.taken.append(self._arena)
         else:
-            self._arenas.give(self._kept)
-        self._kept = []
+            self._arenas.give(self._arena)
+        self._arena = []
 
     def restore(self) -> None:
         """Put all members back that are away."""
         if self._flags[0] and not self._flags[1]:
             nothing = [None] * len(self._weights)
             self._way.come_back(self._weights, self._means, self._kept, nothing, self._flags)
-        if self._kept:
-            self._arenas.give(self._kept)
+        self._arenas.give(self._arena)
 
     def _factor(self, member: Member) -> float:
         if not member.state.get("estimates", 1):
@@ -214,12 +223,14 @@ class Gathered:
     Args:
         draw: The draw of their noise.
         arenas: Memory for their means.
+        keeps_noise: Whether the noise is kept beside float32 masters.
     """
 
-    def __init__(self, draw: Draw, arenas: Arenas) -> None:
-        self._draw = draw
-        self._arenas = arenas
-        self._together: dict[torch.device, Together] = {}
+    def __init__(self, draw: Draw, arenas: Arenas, *, keeps_noise: bool) -> None:
+        self._settings = (draw, arenas)
+        self._keeps_noise = keeps_noise
+        self._together: list[Together] = []
+        self._latest: dict[torch.device, Together] = {}
         # Loaded when it is needed, like the compiled passes themselves.
         self._on_cpu = import_module(POINTED) if slicing.passes_module() else foreach
 
@@ -228,129 +239,21 @@ class Gathered:
         way = self._on_cpu if member.parameter.is_cpu else foreach
         if not fits(way, member.parameter, member.state):
             return False
-        device = member.parameter.device
-        if device not in self._together:
-            self._together[device] = Together(way, self._draw, self._arenas)
-        self._together[device].members.append(member)
+        device, size = member.parameter.device, member.parameter.numel()
+        latest = self._latest.get(device)
+        # On a GPU scratch memory does not grow with the number of parameters.
+        if latest is None or (way is foreach and latest.entries + size > slicing.GPU_SLICE):
+            latest = self._latest[device] = Together(
+                way, *self._settings, keeps_noise=self._keeps_noise
+            )
+            self._together.append(latest)
+        latest.members.append(member)
+        latest.entries += size
         return True
 
     def all(self) -> list[Together]:
-        """Return the parameters, those of one device together."""
-        return list(self._together.values())
-
-
-class Pending(NamedTuple):
-    """A small parameter whose step is to be made.
-
-    Attributes:
-        parameter: The parameter.
-        group: Its parameter group.
-        state: Its state.
-        sampled: The sums over its samples.
-    """
-
-    parameter: Tensor
-    group: Group
-    state: ParameterState
-    sampled: Sampled
-
-
-def step_together(
-    entries: Sequence[Pending],
-    squares: dict[Tensor, Tensor],
-    rate: Callable[[Tensor, Group], float],
-    *,
-    ggn: bool,
-) -> None:
-    """Make the steps of small parameters, as `steps` does those of one alone.
-
-    Args:
-        entries: The parameters and the sums over their samples.
-        squares: Under "ggn" estimates of the Hessian diagonal; those used are taken out.
-        rate: The learning rate of a Newton step.
-        ggn: Whether the curvature is "ggn".
-    """
-    if not entries:
-        return
-    torch._foreach_add_([e.state["step"] for e in entries], torch.ones(()), alpha=1.0)
-    _average([e.sampled for e in entries])
-    runs: dict[tuple[Any, ...], list[Pending]] = {}
-    for entry in entries:
-        state = entry.state
-        estimate = int(state["estimates"]) if ggn else 0
-        place = (entry.sampled.way, entry.parameter.device, id(entry.group))
-        key = (*place, int(state["step"]), estimate, entry.parameter in squares)
-        runs.setdefault(key, []).append(entry)
-    for run in runs.values():
-        if ggn:
-            _ggn_step(run, [squares.pop(e.parameter, None) for e in run])
-        else:
-            _price_step(run, rate(run[0].parameter, run[0].group))
-
-
-def _price_step(run: Sequence[Pending], lr: float) -> None:
-    """Make the step of parameters that share settings and number of steps."""
-    first, group = run[0], run[0].group
-    way: Any = first.sampled.way
-    seen = way.price_step(
-        *_tensors(run),
-        [e.sampled.noise_grad for e in run],
-        viewed=ROW,
-        step=int(first.state["step"]),
-        lr=lr,
-        ess=group["ess"],
-        beta1=group["beta1"],
-        beta2=group["beta2"],
-        weight_decay=group["weight_decay"],
-        clip_radius=group["clip_radius"],
-        debias=group["debias"],
-    )
-    torch._foreach_lerp_([e.state["noise"] for e in run], seen, 1 - group["beta2"])
-
-
-def _ggn_step(run: Sequence[Pending], squares: list[Tensor | None]) -> None:
-    """Make the step of parameters that share settings and numbers of steps and estimates."""
-    first, group = run[0], run[0].group
-    if squares[0] is not None:
-        torch._foreach_add_([e.state["estimates"] for e in run], torch.ones(()), alpha=1.0)
-    elif not first.state["estimates"]:  # without a curvature there is no Newton step
-        momenta = [e.state["momentum"] for e in run]
-        gradients = [e.sampled.grad.float() for e in run]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["beta1"])
-        return
-    beta2, way = group["beta2"], cast("Any", first.sampled.way)
-    way.ggn_step(
-        *_tensors(run),
-        squares,
-        share=(1 - beta2) / (1 - beta2 ** max(1, int(first.state["estimates"]))),
-        step=int(first.state["step"]),
-        lr=group["lr"],
-        beta1=group["beta1"],
-        weight_decay=group["weight_decay"],
-        clip_radius=group["clip_radius"],
-        debias=group["debias"],
-    )
-
-
-def _tensors(run: Sequence[Pending]) -> tuple[list[Any], ...]:
-    """Return weights, means, momenta, h and gradients."""
-    states = [e.state for e in run]
-    return (
-        [e.parameter for e in run],
-        [state.get("mean") for state in states],
-        [state["momentum"] for state in states],
-        [state["hess"] for state in states],
-        [e.sampled.grad for e in run],
-    )
-
-
-def _average(sums: Sequence[Sampled]) -> None:
-    """Divide sums over several samples by their number."""
-    several = [s for s in sums if s.draws > 1]
-    tensors = [(s.grad, s.draws) for s in several]
-    tensors += [(s.noise_grad, s.draws) for s in several if s.noise_grad is not None]
-    if tensors:
-        torch._foreach_div_([t for t, _ in tensors], [float(draws) for _, draws in tensors])
+        """Return all parameters; those of a device are together."""
+        return self._together
 
 
 def _plain_gradient(parameter: Tensor) -> Tensor:

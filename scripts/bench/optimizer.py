@@ -32,6 +32,19 @@ ROWS = {
     "IVON, bf16": {"kind": "ivon", "dtype": "bfloat16"},
     "IVON, bf16, redraw": {"kind": "ivon", "restore": "redraw", "dtype": "bfloat16"},
 }
+MANY = {
+    "AdamW foreach, 148 small parameters": {"kind": "adamw", "foreach": True},
+    "AdamW fused, 148 small parameters": {"kind": "adamw", "fused": True},
+    "ivon-opt, 148 small parameters": {"kind": "ivon-opt"},
+    "IVON, 148 small parameters": {"kind": "ivon"},
+    "IVON, antithetic, 148 small parameters": {
+        "kind": "ivon",
+        "mc_samples": 2,
+        "antithetic": True,
+    },
+    "IVON, ggn, 148 small parameters": {"kind": "ivon", "curvature": "ggn"},
+    "IVON, bf16, 148 small parameters": {"kind": "ivon", "dtype": "bfloat16"},
+}
 
 
 def main() -> None:
@@ -42,10 +55,14 @@ def main() -> None:
     arguments.add_argument("--parameters", type=int, default=50_000_000)
     arguments.add_argument("--repeats", type=int, default=7)
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    arguments.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    arguments.add_argument("--row", choices=[*ROWS, *MANY], help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.row:
-        print(json.dumps(measure(ROWS[given.row], given.parameters, given.repeats, given.device)))
+        many = given.row in MANY
+        sizes = small_model() if many else [(given.parameters // 10,)] * 10
+        repeats = given.repeats * (10 if many else 1)
+        row = (MANY if many else ROWS)[given.row]
+        print(json.dumps(measure(row, sizes, repeats, given.device)))
         return
     import torch
 
@@ -53,7 +70,7 @@ def main() -> None:
     if gpu and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device.")
     results = {}
-    for name in ROWS:
+    for name in (*ROWS, *MANY):
         line = [sys.executable, __file__, "--row", name, "--parameters", str(given.parameters)]
         done = subprocess.run(
             [*line, "--repeats", str(given.repeats), "--device", given.device],
@@ -75,15 +92,29 @@ def main() -> None:
         "| after the step |"
     )
     print("| --- | --- | --- | --- | --- |")
-    for name, row in results.items():
+    for name, row in ((name, row) for name, row in results.items() if name in ROWS):
         ratio = row["seconds"] / results[against]["seconds"] if against in results else float("nan")
         print(
             f"| {name} | {row['seconds']:.{5 if gpu else 3}f} | {ratio:.2f} | {row['peak']:.1f} "
             f"| {row['after']:.1f} |"
         )
+    print(f"\n| optimizer | {clock} ms a step | to AdamW foreach |\n| --- | ---: | ---: |")
+    first = results.get(next(iter(MANY)), {"seconds": float("nan")})
+    for name in (name for name in MANY if name in results):
+        seconds = results[name]["seconds"]
+        print(f"| {name} | {1e3 * seconds:.2f} | {seconds / first['seconds']:.2f} |")
 
 
-def measure(row: dict, size: int, repeats: int, device: str) -> dict[str, float]:
+def small_model(width: int = 16) -> list[tuple[int, ...]]:
+    """The shapes of a GPT-2 of twelve layers, with 64 tokens and 32 places."""
+    layer = [(width,)] * 2 + [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    layer += [(width,)] * 2 + [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(64, width), (32, width), *(12 * layer), (width,), (width,)]
+
+
+def measure(
+    row: dict, shapes: list[tuple[int, ...]], repeats: int, device: str
+) -> dict[str, float]:
     """The least seconds of a step, and the memory at its peak and after it, over the parameters."""
     import torch
 
@@ -95,7 +126,7 @@ def measure(row: dict, size: int, repeats: int, device: str) -> dict[str, float]
     step(
         row["kind"], make(row["kind"], small, options), small, [torch.ones_like(small[0])], samples
     )  # loads code
-    start = [torch.randn(size // 10, dtype=dtype, device=device) for _ in range(10)]
+    start = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
     parameters = [torch.nn.Parameter(values.mul_(0.02)) for values in start]
     gradients = [torch.randn_like(p) * 1e-3 for p in parameters]
     optimizer = make(row["kind"], parameters, options)
