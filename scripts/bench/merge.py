@@ -59,7 +59,12 @@ def run(row: Row) -> Cost:
         peak = [0]
         watcher = threading.Thread(target=_watch, args=(process.pid, peak))
         watcher.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # an interrupt: it would go on to write
+            process.kill()
+            process.wait()
+            raise
         wall = time.monotonic() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         watcher.join()
