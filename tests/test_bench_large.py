@@ -3,7 +3,9 @@
 import importlib
 import json
 import math
+import os
 import random
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +59,25 @@ def test_a_run_prints_all_strata_and_leaves_nothing(large, tmp_path, monkeypatch
             ]
             assert "nan" not in line
     assert "part 3 of 4" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("by", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_nothing_is_left_by_a_run_that_is_stopped(large, tmp_path, monkeypatch, by, error):
+    def stopped(*_):
+        (folder,) = tmp_path.iterdir()
+        assert list(folder.rglob("*.safetensors"))
+        os.kill(os.getpid(), by)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(large, "dry_runs", lambda *_: "")
+    monkeypatch.setattr(large.Tenth, "measure", stopped)
+    monkeypatch.setattr(sys, "argv", ["large.py", "--size", str(TINY), "--work", str(tmp_path)])
+    with pytest.raises(error):
+        large.main()
+    assert signal.getsignal(signal.SIGTERM) is before
     assert not list(tmp_path.iterdir())
 
 

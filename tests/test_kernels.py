@@ -240,6 +240,22 @@ def test_a_change_that_rounding_swallows_is_counted():
     assert tally.lost == np.count_nonzero(changed & (expected == chunk.means[0])) > 0
 
 
+def test_counts_are_exact_in_a_chunk_of_any_length():
+    """A block is counted in 16 bits, and must not be longer than these hold."""
+    kind, chunk, numbers = case("task_arithmetic", dtype="BF16", models=2)
+    entries = 1 << 17
+    means = np.array([[0x3F80], [0x3F81]], np.uint16).repeat(entries, axis=1)  # 1 and the next one
+    means[1, 7] = means[0, 7]
+    long = chunk._replace(
+        means=means, first=entries, row=entries, mean=np.zeros(entries, np.uint16)
+    )
+    numbers = numbers._replace(scales=(np.float32(0.3),))  # rounds to 1 again
+    for fused in (False, True):
+        tally = Tally(2)
+        elementwise(kind, fused=fused)(long, numbers, tally)
+        assert tally.changed == tally.lost == np.count_nonzero(means[1] != means[0])
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("rows", [77, None])
 @pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.reduction is not None))

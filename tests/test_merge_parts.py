@@ -22,7 +22,11 @@ from mergekit_bayes.merge import (
     run_merge,
 )
 from mergekit_bayes.merge import run as engine
+from mergekit_bayes.methods import METHODS
+from mergekit_bayes.methods.measuring import WINDOW
 from mergekit_bayes.stream import units as units_module
+from mergekit_bayes.stream.chunks import Reader
+from mergekit_bayes.stream.first_pass import FirstPass
 from tests import interrupted, tiny
 from tests.interrupted import config, line
 
@@ -131,6 +135,51 @@ def test_a_chunk_takes_as_much_memory_whatever_the_number_of_models(
     arrays = (models + 1) * (1 + (method == "gradient_matching"))
     assert entries & (entries - 1) == 0
     assert 1 << 22 < 4 * arrays * entries <= max(1 << 23, 4 * arrays << 16)
+
+
+@pytest.mark.parametrize("of_tasks", ["F8_E4M3", "F16", "BF16", "F32", "F64"])
+@pytest.mark.parametrize("of_base", ["F8_E4M3", "F16", "BF16", "F32", "F64"])
+def test_a_chunk_takes_the_memory_of_the_arrays_that_a_pass_holds(
+    tmp_path, monkeypatch, of_base, of_tasks
+):
+    """A dtype that is widened to be computed takes the wider one's memory, not that of its file."""
+    monkeypatch.chdir(tmp_path)
+    for i, dtype in enumerate((of_base, of_tasks, of_tasks)):
+        tiny.write(f"{i}.safetensors", {"wte.weight": np.ones((10, 10), np.float32)}, dtype)
+    models = ("1.safetensors", "2.safetensors")
+    settings = MergeConfig(models=models, base="0.safetensors", out="c.safetensors")
+    with closing(plan_merge(settings)) as plan:
+        step = plan.steps[0]
+        entries = units_module.entries_at_a_time(plan, step)
+        measured = FirstPass(plan, lambda: Reader(plan), map, fused=True).measure(step)
+        chunk = Reader(plan).chunk(step, measured, 0, step.merged)
+    held = (chunk.means.nbytes + chunk.mean.nbytes) // step.merged
+    assert 1 << 22 < held * entries <= 1 << 23
+
+
+@pytest.mark.parametrize("method", ["ties", "della", "breadcrumbs"])
+def test_what_runs_in_numpy_takes_windows_whose_temporaries_are_small(
+    tmp_path, monkeypatch, method
+):
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        tiny.write(f"{i}.safetensors", {"wte.weight": np.ones(3 * WINDOW, np.float32)}, "BF16")
+    sizes = []
+
+    def watching(act, items):
+        items = list(items)
+        sizes.extend(stop - start for *_, start, stop in items)
+        return map(act, items)
+
+    models = ("1.safetensors", "2.safetensors")
+    settings = MergeConfig(models=models, base="0.safetensors", method=method, out="c.safetensors")
+    with closing(plan_merge(settings)) as plan:
+        reader = Reader(plan)
+        FirstPass(plan, lambda: reader, watching, fused=False).measure(plan.steps[0])
+        if METHODS[method].tensor is not None:
+            sizes.append(units_module.entries_at_a_time(plan, plan.steps[0]))
+    assert sizes
+    assert max(sizes) == WINDOW
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"])

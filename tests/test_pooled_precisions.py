@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from mergekit_bayes.checkpoint.layout import precision_path
+from mergekit_bayes.kernels.plain import plain_sums
+from mergekit_bayes.plan import MergeConfig, plan_merge
 from mergekit_bayes.posterior import Prior
+from mergekit_bayes.stream import means
+from mergekit_bayes.stream.chunks import Reader
 from tests import model_forms, tiny
 from tests.model_forms import POOLED, SHAPES, close, expect, load, merge, model
 
@@ -184,3 +188,50 @@ def test_rows_that_only_a_task_has_are_counted_by_its_own_record(pool):
         stored = stored.mean(axis=1, keepdims=True)
     counted = 10 * (stored - 0.05) + 0.05 * 10  # per observation times 300, and the prior once
     np.testing.assert_allclose(found, counted[7:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("size", [0, 30, 60, 64, 240, 256, 270, 1020, 1024, 1200])
+def test_means_are_summed_by_windows_however_many_are_read_at_a_time(monkeypatch, size, fused):
+    """To the bit: a stored precision that was pooled before has the same sums."""
+    monkeypatch.setattr(means, "WINDOW", 64)
+    monkeypatch.setattr(means, "_READ", 256)
+    shapes = {"w.weight": (40, 30)}
+    for i, name in enumerate(("base", "a")):
+        tiny.posterior(f"{name}.safetensors", tiny.arrays(i, shapes), tiny.precisions(i, shapes))
+    stored = tiny.precisions(1, shapes)["w.weight"].reshape(-1)[:size]
+    stored[700:701] = 0.0
+
+    def in_windows(values):
+        total = 0.0
+        for start in range(0, values.size, 64):
+            part = np.zeros(1)
+            window = values[start : start + 64]
+            plain_sums(window, window.size, part)
+            total += float(part[0])
+        return total
+
+    config = MergeConfig(
+        models=("a.safetensors",),
+        base="base.safetensors",
+        weights="precision",
+        pool="tensor",
+        on_bad="base",
+        out="x.safetensors",
+    )
+    given = tiny.precisions(1, shapes)
+    given["w.weight"].reshape(-1)[700] = np.nan
+    Path("a.posterior").unlink()
+    tiny.write("a.posterior", given, metadata=tiny.info("a.safetensors").to_metadata())
+    with plan_merge(config) as plan:
+        operand = plan.steps[0].operands[1]
+        reader = Reader(plan)
+        read = means.PrecisionMeans(plan, lambda: reader, map, fused=fused)
+        mean, bad = read.over_tensor(operand, size)
+        assert (mean[0], bad) == (in_windows(stored) / max(size, 1), size > 700)
+        for row in (30, 60, 120, 400):
+            if size % row == 0:
+                rows, bad = read.over_rows(operand, size, row)
+                assert bad == (size > 700)
+                expected = [in_windows(values) / row for values in stored.reshape(-1, row)]
+                np.testing.assert_array_equal(rows, expected)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_bayes.checkpoint import side_files as module
 from mergekit_bayes.checkpoint.side_files import FETCHED, PUBLISHED, RECORDS, side_files
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import MergeConfig, run_merge, work
@@ -123,3 +124,18 @@ def test_a_link_to_a_checkpoint_that_a_training_removed_is_left_behind(tmp_path)
     (tmp_path / "tokenizer.json").symlink_to("checkpoint-1000/tokenizer.json")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link .* not there"):
         side_files(tmp_path)
+
+
+def test_a_name_fits_a_pattern_as_path_match_says():
+    """Most patterns are told without a regular expression; the answer is the same."""
+    patterns = {p for group in module.GROUPS.values() for p in group}
+    patterns |= {*module._NOT_COPIED, *module._NOT_ENTERED, *module._VOCABULARIES}
+    patterns |= {"*", "a*", "*a", "a*a", "a**a", "a?*", "[ab]*", "a/*"}
+    # What each pattern's star may stand for, and what it may not.
+    names = {p.replace("*", inside) for p in patterns for inside in ("", "x\n.")}
+    names |= {p.replace("*", "").upper() for p in patterns} | {"a", "aa", "aba", "ab", "b", "x.a"}
+    names |= {"folder/x.bin", "folder/config.json", "folder/x"}
+    paths = [path for path in map(Path, names) if path.name]
+    found = {(str(path), p): module._fits(path, p) for path in paths for p in patterns}
+    assert found == {(str(path), p): path.match(p) for path in paths for p in patterns}
+    assert 0 < sum(found.values()) < len(found)

@@ -192,7 +192,7 @@ class FirstPass:
         counts = reduction.kind == "histogram"
         windows: list[_Window] = []
         for step, result in steps:
-            size = entries_at_a_time(self.plan, step) if counts else WINDOW
+            size = entries_at_a_time(self.plan, step) if counts and self.fused else WINDOW
             act = first_pass(kind_of(self.plan, step), fused=self.fused)
             numbers = numbers_of(self.plan, step, None)
             for start in range(0, step.merged, size):

@@ -2,9 +2,12 @@
 
 from typing import NamedTuple
 
-from mergekit_bayes.checkpoint.specs import ITEM_SIZE
-from mergekit_bayes.methods.measuring import whole_rows
+import numpy as np
+
+from mergekit_bayes.methods.measuring import WINDOW, whole_rows
 from mergekit_bayes.plan import MergePlan, Step
+from mergekit_bayes.stream.chunks import mean_type
+from mergekit_bayes.stream.numbers import real_of
 
 UNIT = 1 << 22  # entries; a killed merge repeats at most one unit per thread
 # Bytes that a thread reads and makes at a time. A chunk costs the interpreter 0.1 ms whatever its
@@ -48,10 +51,15 @@ def units_of(plan: MergePlan) -> list[Unit]:
 def entries_at_a_time(plan: MergePlan, step: Step) -> int:
     """Entries of a tensor that a compiled pass reads, combines and writes at a time.
 
-    A power of two, so that the blocks in which a pass counts are the same for any model.
+    A power of two, so that the blocks in which a pass counts are the same for any model. Arrays
+    count as a pass holds them: dtypes other than BF16, F32 and F64 are widened. A rule for whole
+    tensors runs in numpy, whose temporaries should be small.
     """
+    if step.settings is not None:
+        return WINDOW
     models = len(step.operands)
-    each = (models + 1) * ITEM_SIZE[step.spec.dtype]
+    each = models * np.dtype(mean_type(step)).itemsize
+    each += 2 if step.spec.dtype == "BF16" else np.dtype(real_of(step)).itemsize
     if plan.method.needs_precision:
         each += 4 * (models + 1)
     return max(_LEAST, 1 << (_BUFFERS // each).bit_length() - 1)

@@ -15,7 +15,8 @@ batch.
 
 The whole is projected by stratum: cost over entries of the sample, times the entries of the
 stratum. The interval is 1.96 standard errors of that ratio, from the spread between batches.
-What the projection leaves out is a disk: a real one takes as long as its bytes do.
+What the projection leaves out is a disk: a real one takes as long as its bytes do, and the kernel's
+threads, which no process is charged for, write to it.
 
 `--parts` needs models of merge_models.py (as merge.py --keep leaves them): it merges them in one
 process, then in four parts one after another, as four machines would, and joins them; all files
@@ -30,6 +31,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,10 +57,9 @@ from mergekit_bayes.merge.parts import Part as MergePart
 from mergekit_bayes.merge.pool import Pool
 from mergekit_bayes.merge.work import Sinks
 from mergekit_bayes.plan import MergeConfig, MergePlan, Step, plan_merge
-from mergekit_bayes.stream.units import Unit, units_of
+from mergekit_bayes.stream.units import Unit, entries_at_a_time, units_of
 
 BATCH, FEWEST = 16, 4  # units of a batch at most, batches of a stratum at least
-BARE = 1 << 19  # bytes that are read and written at a time
 KEPT = 15_000_000_000  # bytes of the disk that are never used
 SEED = 70
 METHODS = {
@@ -200,21 +201,22 @@ def read_by(step: Step) -> Iterator[tuple[CheckpointSource, str]]:
 
 
 def bare(plan: MergePlan, units: Sequence[Unit], output: Discarded) -> None:
-    """Read what the units are made of, and write as many bytes as they have."""
-    buffer = memoryview(bytearray(BARE))
+    """Read what the units are made of, and write as many bytes, in the merge's pieces and order."""
+    buffer = memoryview(bytearray())
     for unit in units:
         step = plan.steps[unit.step]
-        for source, name in read_by(step):
-            size = ITEM_SIZE[source.specs[name].dtype]
-            for at in range(unit.start * size, unit.stop * size, BARE):
-                piece = buffer[: min(BARE, unit.stop * size - at)]
-                source.read_bytes(name, at, piece)
-        mean, precision = output.sinks(step.name)
-        for sink, size in ((mean, ITEM_SIZE[step.spec.dtype]), (precision, 4)):
-            if sink is not None:
-                for at in range(unit.start * size, unit.stop * size, BARE):
-                    piece = buffer[: min(BARE, unit.stop * size - at)]
-                    sink.write_bytes(step.name, at, piece)
+        entries = entries_at_a_time(plan, step)
+        if len(buffer) < 4 * entries:
+            buffer = memoryview(bytearray(4 * entries))
+        for at in range(unit.start, unit.stop, entries):
+            count = min(entries, unit.stop - at)
+            for source, name in read_by(step):
+                size = ITEM_SIZE[source.specs[name].dtype]
+                source.read_bytes(name, at * size, buffer[: count * size])
+            mean, precision = output.sinks(step.name)
+            for sink, size in ((mean, ITEM_SIZE[step.spec.dtype]), (precision, 4)):
+                if sink is not None:
+                    sink.write_bytes(step.name, at * size, buffer[: count * size])
 
 
 def timed(act: Callable[[], None]) -> Cost:
@@ -468,7 +470,13 @@ def main() -> int:
     options = parser.parse_args()
     if not 0 < options.share <= 1:
         parser.error("--share: expected more than 0 and at most 1.")
-    print(parts(options.parts, options.work) if options.parts else large(options))
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # what was made is removed, too
+    try:
+        print(parts(options.parts, options.work) if options.parts else large(options))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -59,7 +59,12 @@ def run(row: Row) -> Cost:
         peak = [0]
         watcher = threading.Thread(target=_watch, args=(process.pid, peak))
         watcher.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # an interrupt: it would go on to write
+            process.kill()
+            process.wait()
+            raise
         wall = time.monotonic() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         watcher.join()
@@ -259,6 +264,11 @@ def main() -> int:
         help="only rows whose name contains one of these, comma-separated (and I/O)",
     )
     parser.add_argument(
+        "--without",
+        default="",
+        help="no rows whose name contains one of these, comma-separated",
+    )
+    parser.add_argument(
         "--work", type=Path, help="where checkpoints are made and reused; default: temporary"
     )
     parser.add_argument(
@@ -309,10 +319,12 @@ def _bench(options: argparse.Namespace, work: Path, out: Path, made: list[Path])
             # Float32 precisions of the largest would not stay in the page cache beside the means.
             make(folder, SHAPES[size], "F32" if size < 1 else "BF16")
         parts = [part for part in options.rows.split(",") if part]
+        left_out = [part for part in options.without.split(",") if part]
         plan = [
             r
             for r in rows(size, work, out, mergekit)
-            if not parts or r.io is None or any(part in r.name for part in parts)
+            if (not parts or r.io is None or any(part in r.name for part in parts))
+            and not any(part in r.name for part in left_out)
         ]
         load = os.getloadavg()[0]
         records += summary(plan, measure(plan, options.repeats, options.warm_up))
