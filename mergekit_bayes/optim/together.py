@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from mergekit_bayes.draws import mixes
 from mergekit_bayes.optim import foreach, slicing
-from mergekit_bayes.optim.noise import Draw
+from mergekit_bayes.optim.noise import TRAIN, Draw
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import at_least_float32, take_gradient
 from mergekit_bayes.optim.state import Group, ParameterState
@@ -223,12 +223,12 @@ class Gathered:
     Args:
         draw: The draw of their noise.
         arenas: Memory for their means.
-        keeps_noise: Whether the noise is kept beside float32 masters.
+        uses_noise: Whether a step needs the noise beside the gradient.
     """
 
-    def __init__(self, draw: Draw, arenas: Arenas, *, keeps_noise: bool) -> None:
+    def __init__(self, draw: Draw, arenas: Arenas, uses_noise: bool) -> None:
         self._settings = (draw, arenas)
-        self._keeps_noise = keeps_noise
+        self._keeps_noise = uses_noise and draw.stream == TRAIN
         self._together: list[Together] = []
         self._latest: dict[torch.device, Together] = {}
         # Loaded when it is needed, like the compiled passes themselves.
