@@ -98,10 +98,11 @@ class Arenas:
         return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
 
     def give(self, kept: list[Tensor]) -> None:
-        """Give memory back that is no longer in use."""
+        """Give memory back that is no longer in use; again after an interrupt changes nothing."""
+        if not kept or len(self.free) == _IN_FLIGHT or any(kept is other for other in self.free):
+            return
         # Outside of inference mode a tensor made in it could not be written to.
-        is_wanted = len(self.free) < _IN_FLIGHT and bool(kept)
-        if is_wanted and kept[0].is_cpu and not kept[0].is_inference():
+        if kept[0].is_cpu and not kept[0].is_inference():
             self.free.append(kept)
 
     def forget_step(self) -> None:
