@@ -290,6 +290,25 @@ def test_the_memory_of_samples_is_used_again():
     assert not optimizer._transient.arenas.taken
 
 
+def test_memory_that_is_given_back_twice_serves_one_sample():
+    """As an interrupt right after it was given back has it."""
+    w = torch.nn.Parameter(torch.ones(4))
+    optimizer = IVON([w], lr=0.1, ess=1e3)
+    inner, interrupts = optimizer._restore, [KeyboardInterrupt]
+
+    def restore(at):
+        inner(at)
+        if interrupts:
+            raise interrupts.pop()
+
+    optimizer._restore = restore
+    with pytest.raises(KeyboardInterrupt), optimizer.sampled_params():
+        pass
+    arenas = optimizer._transient.arenas
+    first, second = arenas.take([w]), arenas.take([w])
+    assert first[0].data_ptr() != second[0].data_ptr()
+
+
 def test_a_backward_after_the_sample_is_told_that_the_weights_have_changed():
     w = torch.nn.Parameter(torch.ones(4))
     optimizer = IVON([w], lr=0.1, ess=1e3)

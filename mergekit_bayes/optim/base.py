@@ -29,7 +29,7 @@ from mergekit_bayes.optim.prior import Priors, PriorTerm, check_prior, prior_ter
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local, shard_index
 from mergekit_bayes.optim.slicing import Items
-from mergekit_bayes.optim.state import COUNTERS, Group, ParameterState
+from mergekit_bayes.optim.state import COUNTERS, Group, ParameterState, check_shapes
 from mergekit_bayes.optim.steps_together import Pending
 from mergekit_bayes.optim.together import Gathered, Member, Together, goes_together
 from mergekit_bayes.optim.transient import Transient
@@ -172,7 +172,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if transient.is_open:
             raise RuntimeError("sampled_params cannot be nested")
         all_moved: list[Moved | Together] = []
-        small = self._gathered(draw) if self._gathers and self.restore == "copy" and draw else None
+        gathers = self._gathers and self.restore == "copy"
+        small = Gathered(draw, transient.arenas, self._uses_noise) if gathers and draw else None
         try:
             transient.is_open = True
             with torch.no_grad():
@@ -203,10 +204,6 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 restore_all(all_moved, self._restore)
             finally:
                 transient.is_open = False
-
-    def _gathered(self, draw: Draw) -> Gathered:
-        keeps_noise = self._uses_noise and draw.stream == TRAIN
-        return Gathered(draw, self._transient.arenas, keeps_noise=keeps_noise)
 
     def _add_noise(self, moved: Moved) -> None:
         is_training = moved.draw is not None and moved.draw.stream == TRAIN
@@ -326,6 +323,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 )
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             check_prior(group, saved, type(self).__name__)
+        check_shapes(self.param_groups, state_dict, type(self).__name__)
         orders = [group["prior_order"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, order in zip(self.param_groups, orders, strict=True):
@@ -337,12 +335,6 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         for index, parameter in zip(indices, parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    if value.ndim and value.shape != parameter.shape:
-                        raise ValueError(
-                            f"{type(self).__name__}: the checkpoint's {name} of parameter {index} "
-                            f"has shape {list(value.shape)}, the parameter "
-                            f"{list(parameter.shape)}: it is of another model."
-                        )
                     device = torch.device("cpu") if name in COUNTERS else parameter.device
                     self.state[parameter][name] = value.to(device, torch.float32, copy=True)
 

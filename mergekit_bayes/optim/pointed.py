@@ -34,7 +34,9 @@ def fits(parameter: Tensor, *state: Tensor) -> bool:
             return False
         if not t.is_contiguous():
             return False
-    return parameter.is_cpu and parameter.is_contiguous()
+    # The memory of a parameter may have been given back, by a library that shards models.
+    has_memory = parameter.data_ptr() != 0 or parameter.numel() == 0
+    return parameter.is_cpu and has_memory and parameter.is_contiguous()
 
 
 def leave(

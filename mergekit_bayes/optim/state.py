@@ -1,8 +1,10 @@
 """What a checkpoint keeps of each parameter, and where the mean is."""
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
+from torch.optim.optimizer import StateDict
 
 from mergekit_bayes.optim.shards import local
 
@@ -36,6 +38,32 @@ class ParameterState(TypedDict, total=False):
     estimates: Tensor
     noise: Tensor
     weight_decay: Tensor
+
+
+def check_shapes(groups: Sequence[Group], saved: StateDict, optimizer: str) -> None:
+    """Check that the tensors of a checkpoint have the shapes of the parameters.
+
+    The compiled passes believe the sizes of state.
+
+    Args:
+        groups: The parameter groups of the optimizer.
+        saved: The checkpoint.
+        optimizer: Its name, for the message.
+
+    Raises:
+        ValueError: A tensor has another shape: the checkpoint is another model's.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    # torch refuses another number of parameters.
+    for index, parameter in zip(indices, parameters, strict=False):
+        for name, value in saved["state"].get(index, {}).items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{optimizer}: the checkpoint's {name} of parameter {index} has shape "
+                    f"{list(value.shape)}, the parameter {list(parameter.shape)}: it was made with "
+                    "another model. Resume with that model."
+                )
 
 
 def mean_of(parameter: Tensor, state: ParameterState) -> Tensor:

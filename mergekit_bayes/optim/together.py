@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from mergekit_bayes.draws import mixes
 from mergekit_bayes.optim import foreach, slicing
-from mergekit_bayes.optim.noise import Draw
+from mergekit_bayes.optim.noise import TRAIN, Draw
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import at_least_float32, take_gradient
 from mergekit_bayes.optim.state import Group, ParameterState
@@ -98,10 +98,11 @@ class Arenas:
         return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
 
     def give(self, kept: list[Tensor]) -> None:
-        """Give memory back that is no longer in use."""
+        """Give memory back that is no longer in use; again after an interrupt changes nothing."""
+        if not kept or len(self.free) == _IN_FLIGHT or any(kept is other for other in self.free):
+            return
         # Outside of inference mode a tensor made in it could not be written to.
-        is_wanted = len(self.free) < _IN_FLIGHT and bool(kept)
-        if is_wanted and kept[0].is_cpu and not kept[0].is_inference():
+        if kept[0].is_cpu and not kept[0].is_inference():
             self.free.append(kept)
 
     def forget_step(self) -> None:
@@ -223,12 +224,12 @@ class Gathered:
     Args:
         draw: The draw of their noise.
         arenas: Memory for their means.
-        keeps_noise: Whether the noise is kept beside float32 masters.
+        uses_noise: Whether a step needs the noise beside the gradient.
     """
 
-    def __init__(self, draw: Draw, arenas: Arenas, *, keeps_noise: bool) -> None:
+    def __init__(self, draw: Draw, arenas: Arenas, uses_noise: bool) -> None:
         self._settings = (draw, arenas)
-        self._keeps_noise = keeps_noise
+        self._keeps_noise = uses_noise and draw.stream == TRAIN
         self._together: list[Together] = []
         self._latest: dict[torch.device, Together] = {}
         # Loaded when it is needed, like the compiled passes themselves.
