@@ -60,7 +60,7 @@ def contents(folder):
 
 def stopped(monkeypatch, settings, step):
     """Run until a step, in whose middle it is interrupted."""
-    original = hooks.IvonTrainer.training_step
+    original = hooks.IvonRunTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step - 1:
@@ -68,7 +68,7 @@ def stopped(monkeypatch, settings, step):
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hooks.IvonTrainer, "training_step", training_step)
+        patch.setattr(hooks.IvonRunTrainer, "training_step", training_step)
         with pytest.raises(KeyboardInterrupt):
             run_finetune(settings, quiet=True)
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor
 
+import mergekit_bayes.finetune.evaluation as evaluation
 import mergekit_bayes.finetune.fsdp as fsdp
 import mergekit_bayes.finetune.gathered as gathered
 from mergekit_bayes import launcher, ranks
@@ -44,6 +45,14 @@ COMPARED = {
     "adapter": {"curvature": "price", "posterior": "ivon", "lora": {"r": 1}},
     "experts": {"curvature": "price", "posterior": "ivon", "model": "experts"},
     "adamw": {"optimizer": "adamw", "posterior": "none", "learning_rate": 1e-3},
+    "packed": {
+        "curvature": "price",
+        "posterior": "ivon",
+        "eval_data": "t.jsonl",
+        "pack": "documents",
+        "max_length": 28,
+        "gradient_checkpointing": True,
+    },
 }
 # With noise and signs of their own; stopped after the fourth step, or after the last one.
 RESUMED = {
@@ -52,8 +61,17 @@ RESUMED = {
     "ggn adapter": {"curvature_every": 2, "lora": {"r": 1}, "dtype": "bfloat16"},
     "adamw flush": {"optimizer": "adamw", "learning_rate": 1e-3},
     "autocast": {"curvature_every": 2, "bf16": True},
+    # Measured so that the fourth step is the best one and the fifth the last that patience has.
+    "best": {
+        "curvature_every": 2,
+        "posterior": "ivon",
+        "eval_data": "t.jsonl",
+        "load_best": True,
+        "patience": 1,
+    },
 }
 FAST = ("price", "ggn")
+evaluation_measure = evaluation.measure
 FILES = ("model.safetensors", "adapter_model.safetensors", "posterior/precision.posterior")
 slow = pytest.mark.slow
 
@@ -79,6 +97,7 @@ def settings(folder, name, **changes):
             "shard": True,
             **changes,
             "model": str(folder / changes.get("model", "base")),
+            "eval_data": str(folder / changes["eval_data"]) if "eval_data" in changes else None,
         }
     )
 
@@ -117,6 +136,8 @@ def resumed(folder, name):
     config = settings(folder, f"{name}-two", **changes)
     with pytest.MonkeyPatch.context() as patch:
         alive = watch_whole_tensors(patch)
+        if name == "best":
+            patch.setattr(evaluation, "measure", rising)
         run_finetune(config, quiet=True)
     kept = folder / f"{name}-two.checkpoints"
     files = sorted(path.name for path in (kept / "checkpoint-5").iterdir())
@@ -128,8 +149,16 @@ def resumed(folder, name):
     dist.barrier()
     for at in ("fourth", "last"):
         again = {"output": str(folder / f"{name}-{at}"), "resume": True}
-        run_finetune(config.model_copy(update=again), quiet=True)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "best":
+                patch.setattr(evaluation, "measure", rising)
+            run_finetune(config.model_copy(update=again), quiet=True)
     return {"alive": alive, "files": files}
+
+
+def rising(*given, **settings):
+    """A held-out loss that rises where the real one falls."""
+    return {"loss": -evaluation_measure(*given, **settings)["loss"]}
 
 
 def failing_store(folder):
@@ -256,6 +285,7 @@ def test_shards_train_what_one_process_trains(two, name, monkeypatch):
         assert tensor not in start or abs(value - start[tensor]).max() > 1e-5
     for of_rank in reports:
         assert of_rank[name]["loss"] == pytest.approx(report.loss, rel=1e-5)
+        assert of_rank[name]["evaluation"] == pytest.approx(report.evaluation, rel=1e-5)
         for number, value in report.health.items():
             if number == "sigma_over_rms":  # a shard's median is not its matrix'
                 continue
@@ -264,6 +294,19 @@ def test_shards_train_what_one_process_trains(two, name, monkeypatch):
     configs = [(folder / f"{name}-{n}" / "config.json") for n in ("one", "two")]
     if configs[0].exists():
         assert configs[0].read_text() == configs[1].read_text()
+
+
+@slow
+def test_the_best_checkpoint_of_shards_is_stored_with_its_posterior(others):
+    folder, _ = others
+    info, kept = info_of(folder / "best-two"), folder / "best-fourth.checkpoints" / "checkpoint-4"
+    assert info.training["steps"] == 4
+    rows = [
+        safetensors.numpy.load_file(kept / f"weights-rank-{r}-of-2.safetensors") for r in range(2)
+    ]
+    weights = tiny.read(folder / "best-two")
+    for name, value in weights.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in rows]), value, name)
 
 
 @slow

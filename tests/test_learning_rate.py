@@ -157,10 +157,20 @@ def test_the_rate_of_a_checkpoint_is_read_in_the_present_unit(stored, rate):
     assert in_present_unit(stored)["learning_rate"] == rate
 
 
+# Keys of a checkpoint's settings that the versions with the other unit did not have.
+AFTERWARDS = (
+    *("eval_data", "eval_steps", "load_best", "patience"),
+    *("attn_implementation", "gradient_checkpointing", "torch_compile"),
+)
+
+
 def as_before(checkpoint, rate):
     """Write a checkpoint's marker as an earlier version did."""
     marker = json.loads((checkpoint / "whole.json").read_text())
     marker["settings"]["learning_rate"] = rate
+    for name in AFTERWARDS:
+        del marker["settings"][name]
+    marker["settings"]["text_column"] = "text"
     (checkpoint / "whole.json").write_text(json.dumps(marker))
 
 
@@ -177,6 +187,9 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_or_told_in_the_present_un
         ConfigError, match=r"learning_rate is 0\.0001 there and 0\.002 here; lr is 0\.1 there"
     ):
         run_finetune(other, quiet=True)
+    again = settings.model_copy(update={"gradient_checkpointing": True})
+    with pytest.raises(ConfigError, match="gradient_checkpointing is false there and true here"):
+        run_finetune(again, quiet=True)
     run_finetune(settings, quiet=True)
     for name, tensor in tiny.read(tmp_path / "out").items():
         np.testing.assert_array_equal(tensor, through[name])

@@ -67,7 +67,8 @@ def test_packed_documents_have_the_loss_and_gradient_of_unpacked_ones(loaded):
         if isinstance(module, torch.nn.Dropout):  # as of an adapter, which is in training mode
             module.p = 0.5
     loaded.model.train()
-    refuse_leaks(loaded)
+    for size in (1, 2):
+        refuse_leaks(loaded, size)
     assert loaded.model.training
 
 
@@ -86,14 +87,22 @@ def test_a_model_that_lets_documents_see_each_other_is_refused(loaded):
         gap = 2 * (steps >= 6) * (position_ids.shape[1] > 6)
         return forward(position_ids=(steps + gap)[None], **inputs)
 
+    def single(input_ids, position_ids, **inputs):  # as flash attention, in batches of one row
+        mask = None if len(input_ids) == 1 else torch.ones_like(input_ids)
+        return forward(input_ids, position_ids=position_ids, attention_mask=mask, **inputs)
+
     for leaky in (masked, blind):
         loaded.model.forward = leaky
         with pytest.raises(ConfigError, match=r"pack: documents: .*depend on the one before it"):
-            refuse_leaks(loaded)
+            refuse_leaks(loaded, 2)
+    loaded.model.forward = single
+    refuse_leaks(loaded, 1)
+    with pytest.raises(ConfigError, match=r"depend on the one before .* Choose batch_size: 1, "):
+        refuse_leaks(loaded, 2)
     if loaded.model.config.model_type == "gpt2":  # the other looks at differences of positions
         loaded.model.forward = shifted
         with pytest.raises(ConfigError, match="positions do not start again"):
-            refuse_leaks(loaded)
+            refuse_leaks(loaded, 2)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -110,7 +119,7 @@ def test_an_architecture_that_numbers_tokens_itself_is_refused(attention):
     )
     model = transformers.OPTForCausalLM._from_config(config, attn_implementation=attention)
     with pytest.raises(ConfigError, match="does not keep packed documents apart"):
-        refuse_leaks(Loaded(model, range(20), "causal-lm", Path("opt")))
+        refuse_leaks(Loaded(model, range(20), "causal-lm", Path("opt")), 2)
 
 
 @pytest.mark.parametrize("length", [20, 21, 64, 1000])

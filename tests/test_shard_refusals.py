@@ -39,6 +39,18 @@ def config(**changes):
         (True, {"WORLD_SIZE": "2"}, {"shard": True, "rank_noise": True}, "^rank_noise: .*sample"),
         (
             True,
+            {"WORLD_SIZE": "2"},
+            {"shard": True, "torch_compile": True},
+            "^torch_compile: a sharded model is not compiled",
+        ),
+        (
+            True,
+            {"WORLD_SIZE": "2", **FSDP2, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            {},
+            "Leave torch_compile .*dynamo_backend",
+        ),
+        (
+            True,
             {"WORLD_SIZE": "2", **FSDP2, "FSDP_OFFLOAD_PARAMS": "true"},
             {},
             "asks for --fsdp_offload_params",

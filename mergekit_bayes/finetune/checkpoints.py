@@ -57,6 +57,9 @@ _FREE = {
     "chat_template",
 }
 
+# Settings that earlier versions did not have, and how these trained.
+_NEW = {"load_best": False, "gradient_checkpointing": False, "torch_compile": False}
+
 
 class Checkpoint(NamedTuple):
     """A complete checkpoint.
@@ -302,7 +305,7 @@ def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]
     Raises:
         ConfigError: Names every setting in which the checkpoint differs from this run.
     """
-    stored = in_present_unit(checkpoint.settings)
+    stored = _as_today(checkpoint.settings, identity)
     lines = []
     for name in sorted(set(stored) | set(identity)):
         if stored.get(name) != identity.get(name):
@@ -317,6 +320,13 @@ def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]
             "with the settings of the checkpoint, or leave --resume out and start from the "
             "beginning with --force."
         )
+
+
+def _as_today(settings: Mapping[str, Any], identity: Mapping[str, object]) -> dict[str, Any]:
+    """The settings of a checkpoint, which an earlier version may have written."""
+    stored = in_present_unit(settings)
+    compared = {n: v for n, v in stored.items() if n not in _FREE or n in identity}
+    return {name: value for name, value in _NEW.items() if name in identity} | compared
 
 
 def _said(value: object) -> str:

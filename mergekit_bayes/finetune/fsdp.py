@@ -61,8 +61,8 @@ def refuse_shards(config: FinetuneConfig, environment: Mapping[str, str]) -> Non
     """Refuse shards where there is nothing to shard over, and settings that they exclude.
 
     Raises:
-        ConfigError: There is one process or no GPU; `rank_noise`; or the launcher asks for more
-            than shards.
+        ConfigError: There is one process or no GPU; `rank_noise` or `torch_compile`; or the
+            launcher asks for more than shards.
     """
     if not has_devices():
         raise ConfigError(
@@ -78,6 +78,11 @@ def refuse_shards(config: FinetuneConfig, environment: Mapping[str, str]) -> Non
         raise ConfigError(
             "rank_noise: of a sharded model all processes see one sample of the weights. Leave "
             "rank_noise or shard out."
+        )
+    if config.torch_compile or environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ConfigError(
+            "torch_compile: a sharded model is not compiled, since its samples were not tested "
+            "there. Leave torch_compile (or the launcher's --dynamo_backend) or shard out."
         )
     for name, problem in _OTHERS.items():
         if is_on(name, environment):

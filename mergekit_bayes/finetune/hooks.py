@@ -20,16 +20,16 @@ from mergekit_bayes.ranks import mean_over_ranks
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 
 
-class PlainTrainer(Evaluated, ShardsMixin, Trainer):  # type: ignore[misc]
-    """The Trainer with AdamW."""
+class PlainRunTrainer(Evaluated, ShardsMixin, Trainer):  # type: ignore[misc]
+    """The Trainer of a run with AdamW."""
 
     def __init__(self, run: Run, **arguments: object) -> None:
         self.run = run
         super().__init__(**arguments)
 
 
-class IvonTrainer(Evaluated, IvonTrainerMixin, ShardsMixin, Trainer):  # type: ignore[misc]
-    """The Trainer with IVON, whose log holds the posterior's health beside the loss."""
+class IvonRunTrainer(Evaluated, IvonTrainerMixin, ShardsMixin, Trainer):  # type: ignore[misc]
+    """The Trainer of a run with IVON, whose log holds the posterior's health beside the loss."""
 
     _logs_step_bound = True
 

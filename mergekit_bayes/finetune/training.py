@@ -94,8 +94,8 @@ def make_trainer(
     from mergekit_bayes.finetune.evaluation import BestCheckpoint, Patience
     from mergekit_bayes.finetune.hooks import (
         CheckpointMarker,
-        IvonTrainer,
-        PlainTrainer,
+        IvonRunTrainer,
+        PlainRunTrainer,
         ProgressBar,
     )
 
@@ -111,17 +111,17 @@ def make_trainer(
         options["compute_loss_func"] = classification_loss
     try:
         if run.choices.ivon is None:
-            trainer = PlainTrainer(run, **options)
+            trainer = PlainRunTrainer(run, **options)
         else:
             optimizer = IVON, run.choices.ivon_arguments(config.seed)
-            trainer = IvonTrainer(run, optimizer_cls_and_kwargs=optimizer, **options)
+            trainer = IvonRunTrainer(run, optimizer_cls_and_kwargs=optimizer, **options)
     except (RuntimeError, ImportError, ValueError) as error:
         if any(name in str(error).lower() for name in config.report_to):
             raise ConfigError(f"report_to: {str(error).splitlines()[0]}") from None
         raise
     refuse_accelerator(trainer.accelerator, ivon=run.choices.ivon is not None)
     if config.pack == "documents":
-        refuse_leaks(loaded)  # on the device where the Trainer has put the model
+        refuse_leaks(loaded, config.batch_size)  # on the device where the Trainer has put the model
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(CheckpointMarker(trainer, run.identity, loss_before))

@@ -61,16 +61,36 @@ def _joined(examples: Sequence[Example]) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
-def refuse_leaks(loaded: Loaded) -> None:
+def refuse_leaks(loaded: Loaded, batch_size: int) -> None:
     """Try whether the model keeps packed documents apart.
 
     The second of two documents is run behind two different first ones and alone. Its outputs may
     differ by rounding only.
 
+    Args:
+        loaded: The model.
+        batch_size: Rows of a batch: flash attention looks at position ids in batches of one row
+            only.
+
     Raises:
         ConfigError: They differ: the model does not look at position ids, or its attention not at
             the mask that follows from them.
     """
+    why = _leak(loaded, are_several=batch_size > 1)
+    if why is None:
+        return
+    is_alone_right = batch_size > 1 and _leak(loaded, are_several=False) is None
+    single = "batch_size: 1, with which it does, or " if is_alone_right else ""
+    attention = getattr(loaded.model.config, "_attn_implementation", None) or "its attention"
+    raise ConfigError(
+        f"pack: documents: '{loaded.path}' with attention {attention} does not keep packed "
+        f"documents apart: {why}. Choose {single}another attn_implementation (sdpa or eager), or "
+        "pack: false."
+    )
+
+
+def _leak(loaded: Loaded, *, are_several: bool) -> str | None:
+    """How documents in a batch of one row, or of several, see each other; None if they do not."""
     length = min(_TRIED, loaded.context // 2)
     count = max(2, embedding_rows(loaded.model) or len(loaded.tokenizer))
     tokens = torch.randint(
@@ -79,36 +99,30 @@ def refuse_leaks(loaded: Loaded) -> None:
     first, other, second = tokens.to(loaded.device)
     positions = torch.arange(length, device=loaded.device)
     with evaluating(loaded.model):
-        alone = _outputs(loaded, second, positions)
-        behind = [
-            _outputs(loaded, torch.cat([start, second]), positions.repeat(2))[length:]
-            for start in (first, other)
-        ]
+        alone = _outputs(loaded, second[None], positions)[0]
+        rows = torch.stack([torch.cat([start, second]) for start in (first, other)])
+        batches = [rows] if are_several else rows[:, None]
+        outputs = [_outputs(loaded, batch, positions.repeat(2)) for batch in batches]
+        behind = torch.cat(outputs)[:, length:]
     # Other sums in the same order are the same; documents in one row may be summed in another.
     rounding = torch.finfo(loaded.model.dtype).eps * float(alone.abs().max())
     leak = float((behind[0] - behind[1]).abs().max())
     moved = float((behind[0] - alone).abs().max())
-    if not (leak <= 4 * rounding and moved <= 64 * rounding):
-        attention = getattr(loaded.model.config, "_attn_implementation", None) or "its attention"
-        why = (
-            f"the outputs of a document depend on the one before it (by {leak:.2g})"
-            if not leak <= 4 * rounding
-            else f"its positions do not start again (outputs differ by {moved:.2g})"
-        )
-        raise ConfigError(
-            f"pack: documents: '{loaded.path}' with attention {attention} does not keep packed "
-            f"documents apart: {why}. Choose another attn_implementation (sdpa or eager), or pack: "
-            "false."
-        )
+    if not leak <= 4 * rounding:
+        return f"the outputs of a document depend on the one before it (by {leak:.2g})"
+    if not moved <= 64 * rounding:
+        return f"its positions do not start again (outputs differ by {moved:.2g})"
+    return None
 
 
 @torch.no_grad()
-def _outputs(loaded: Loaded, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits of one row, (length, C), float32."""
+def _outputs(loaded: Loaded, rows: Tensor, positions: Tensor) -> Tensor:
+    """Logits of rows, (rows, length, C), float32."""
+    ids = positions.expand(len(rows), -1)
     output = call(
         f"pack: documents: '{loaded.path}' cannot be run with position ids",
-        lambda: loaded.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False),
+        lambda: loaded.model(input_ids=rows, position_ids=ids, use_cache=False),
         "Choose pack: false.",
     )
-    logits: Tensor = output.logits[0].float()
+    logits: Tensor = output.logits.float()
     return logits
