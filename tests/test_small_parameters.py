@@ -309,6 +309,26 @@ def test_memory_that_is_given_back_twice_serves_one_sample():
     assert first[0].data_ptr() != second[0].data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["half", "double", "strided", "shorter"])
+def test_weights_that_are_exchanged_while_they_are_away_come_back_or_are_refused(change, dtype):
+    """As by `model.half()` for a prediction: the compiled pass would write past their end."""
+    changes = {
+        "half": lambda data: data.half(),
+        "double": lambda data: data.double(),
+        "strided": lambda data: torch.stack([data, data], 1)[:, 0],
+        "shorter": lambda data: data[:10].clone(),
+    }
+    w, other = (torch.nn.Parameter(torch.ones(1000, dtype=dtype)) for _ in range(2))
+    optimizer = IVON([w, other], lr=0.1, ess=1e3)
+    refused = pytest.raises(RuntimeError, match="size of tensor") if change == "shorter" else None
+    with refused or contextlib.nullcontext(), optimizer.sampled_params():
+        w.data = changes[change](w.data)
+    if change != "shorter":
+        assert bool((w == 1).all())
+        assert bool((other == 1).all())
+
+
 def test_a_backward_after_the_sample_is_told_that_the_weights_have_changed():
     w = torch.nn.Parameter(torch.ones(4))
     optimizer = IVON([w], lr=0.1, ess=1e3)

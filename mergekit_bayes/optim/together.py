@@ -135,6 +135,7 @@ class Together:
         self._arena: list[Tensor] = []
         self._flags = np.zeros(2, np.int64)
         self._weights: list[Tensor] = []
+        self._places: list[tuple[int, int]] = []
         self._means: list[Tensor | None] = []
         self._kept: list[Tensor | None] = []
 
@@ -151,6 +152,7 @@ class Together:
             generators: torch's generators by device, added to where one is missing.
         """
         self._weights = [m.parameter for m in self.members]
+        self._places = _places(self._weights)
         self._means = [m.state.get("mean") for m in self.members]
         keeps = [mean is None or self._keeps_noise for mean in self._means]
         self._arena = self._arenas.take(list(compress(self._weights, keeps)))
@@ -172,7 +174,7 @@ class Together:
         """
         gradients = [None if p.grad is None else _plain_gradient(p) for p in self._weights]
         asked = gradients if uses_noise else [None] * len(gradients)
-        products = self._way.come_back(self._weights, self._means, self._kept, asked, self._flags)
+        products = self._come_back(asked)
         again: list[tuple[Sampled, Tensor, Any]] = []
         is_used = False
         for p, gradient, product in zip(self._weights, gradients, products, strict=True):
@@ -200,9 +202,17 @@ class Together:
     def restore(self) -> None:
         """Put all members back that are away."""
         if self._flags[0] and not self._flags[1]:
-            nothing = [None] * len(self._weights)
-            self._way.come_back(self._weights, self._means, self._kept, nothing, self._flags)
+            self._come_back([None] * len(self._weights))
         self._arenas.give(self._arena)
+
+    def _come_back(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        # The compiled functions believe addresses. Weights that were exchanged while they were
+        # away, by `model.half()` for example, are left to torch, which looks.
+        way = self._way if _places(self._weights) == self._places else foreach
+        products: Sequence[Tensor | None] = way.come_back(
+            self._weights, self._means, self._kept, gradients, self._flags
+        )
+        return products
 
     def _factor(self, member: Member) -> float:
         if not member.state.get("estimates", 1):
@@ -255,6 +265,11 @@ class Gathered:
     def all(self) -> list[Together]:
         """Return all parameters; those of a device are together."""
         return self._together
+
+
+def _places(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return the address and the number of entries of each."""
+    return [(w.data_ptr(), w.numel()) for w in weights]
 
 
 def _plain_gradient(parameter: Tensor) -> Tensor:
