@@ -181,15 +181,26 @@ def test_tools_reach_the_template_as_objects_or_as_json(tmp_path, llama):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": "the cat"}, r"row 1: 'messages' is .*expected text|a list of messages"),
-        ({"messages": []}, "'messages' is a list, expected a list of messages"),
+        ({"messages": "the cat"}, "row 1: 'messages' is text, expected a list of messages"),
+        ({"messages": []}, "'messages' is an empty list, expected a list of messages"),
         ({"messages": ["a"]}, "message 1 of 'messages' is .* expected an object"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 .*a list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
+            "message 1 of 'messages' has a list of parts as its content",
+        ),
+        (
+            {"messages": [{"role": "user", "content": {f"{i}" * 90: 1 for i in range(300)}}]},
+            r"has an object with 0{40}\.\.\., .{300,350}, \.\.\. as its content",
+        ),
         ({"messages": [{"role": 3, "content": "a"}]}, r"a number \(3\) as its role"),
         ({"messages": [{"role": "user", "content": None}]}, "null .* as its content"),
-        ({"messages": turns("the"), "n": 1}, "no row of .* has a word in its column 'messages'"),
+        (
+            {"messages": turns("the"), "n": 1},
+            "no row of .* has a turn of the assistant with a word",
+        ),
         ({"messages": TWO, "tools": "{"}, "'tools' is not JSON"),
-        ({"messages": TWO, "tools": "3"}, "'tools' is a text|'tools' is a number"),
+        ({"messages": TWO, "tools": "3"}, r"'tools' is a number \(3\), expected a list of"),
+        ({"prompt": TWO[:1], "completion": []}, "'completion' is an empty list"),
         ({"prompt": "a", "completion": TWO}, "'prompt' is .*two texts or two lists of messages"),
         ({"prompt": "a", "completion": ""}, "no row of .* has a word in its column 'completion'"),
         ({"prompt": "the"}, "prompts without completions.*GRPOTrainer.*text_column: prompt"),
@@ -250,7 +261,7 @@ def test_what_is_guessed_cut_or_left_out_is_counted(tmp_path, llama, models):
     assert "conversations in the column 'messages'" in guessed
     assert "2 of 2 rows are cut at 7 tokens, which loses 12 of 26 tokens" in cut
     assert "1 of 2 rows have no token that is scored" in left_out
-    with pytest.raises(MismatchError, match="no row has a token to predict"):
+    with pytest.raises(MismatchError, match=r"among its first 5 tokens, .* Raise max_length"):
         read(tmp_path, llama, *rows, max_length=5)
     texts = [{"text": "the cat sat on", "label": 1}, {"text": "a", "label": 0}]
     (note,) = read(tmp_path, llama, *texts, max_length=4).notes

@@ -2,9 +2,11 @@
 
 import datetime
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from mergekit_bayes.errors import MismatchError
 
+_NAMED, _SHORT = 8, 40  # names of an object that a message shows, and letters of each
 CONVERSATIONS = (
     "Conversations are read by bmerge finetune and bmerge precision, in the column that "
     "messages_column names; elsewhere write each as one string, for example by its tokenizer's "
@@ -82,19 +84,30 @@ def described(value: object) -> str:
     """A value's type in words, with the value of a number."""
     if value is None:
         return "null (an empty cell, or null in JSON)"
+    if isinstance(value, str):
+        return "text"
     if isinstance(value, bool):
         return f"a truth value ({str(value).lower()})"
     if isinstance(value, (int, float)):
         return f"a number ({value})"
     if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(str, value))}" if value else "an empty object"
+        return f"an object with {_names(value)}" if value else "an empty object"
     if isinstance(value, (list, tuple)):
+        if not value:
+            return "an empty list"
         return "a list of messages" if is_conversation(value) else "a list"
     if isinstance(value, bytes):
         return "binary data"
     if isinstance(value, (datetime.date, datetime.time, datetime.timedelta)):
         return f"a date or a time ({value})"
     return f"a value of type {type(value).__name__}"
+
+
+def _names(value: Mapping[object, object]) -> str:
+    """The first names in an object, each shortened."""
+    names = [str(name) for name in islice(value, _NAMED)]
+    short = [name if len(name) <= _SHORT else f"{name[:_SHORT]}..." for name in names]
+    return ", ".join([*short, *(["..."] if len(value) > _NAMED else [])])
 
 
 def is_conversation(value: Sequence[object]) -> bool:

@@ -146,8 +146,8 @@ def _rows(table: Table, form: Form) -> Iterator[Pair | Conversation]:
         elif all(isinstance(value, str) for value in values):
             yield Pair(values[0], values[1])
         elif all(isinstance(value, (list, tuple)) for value in values):
-            first, then = values
-            yield conversation(first, form.columns[0], place, completion=then, tools=tools[i])
+            first, then = zip(values, form.columns, strict=True)
+            yield conversation(*first, place, completion=then, tools=tools[i])
         else:
             found = " and ".join(
                 f"'{column}' is {described(value)}"

@@ -190,12 +190,22 @@ def tokens_of(
     return encoded
 
 
-def refuse_unscored(examples: Sequence[Example], column: str) -> None:
+def refuse_unscored(examples: Sequence[Example], column: str, cut_at: int | None = None) -> None:
     """Refuse rows of which none has a token to predict.
+
+    Args:
+        examples: Those that have one.
+        column: Where the texts come from, for the message.
+        cut_at: Tokens after which rows were cut, if any was.
 
     Raises:
         MismatchError: There is no example.
     """
+    if not examples and cut_at is not None:
+        raise MismatchError(
+            f"no row has a token to predict among its first {cut_at:,} tokens, after which rows "
+            "are cut. Raise max_length, up to what the model sees, or shorten the rows."
+        )
     if not examples:
         raise MismatchError(
             f"no row has a token to predict: the texts in column '{column}' are empty, or the "

@@ -84,14 +84,15 @@ def read_examples(
     for table, form, drawn_from in _tables(names, loaded, columns, label, where, max_rows, weights):
         parts.append(_part(table, form, drawn_from, label, skip_blank=skip_blank))
     if not any(part.worded for part in parts):
-        _refuse_wordless(names, parts[0].form.columns[-1])
+        _refuse_wordless(names, parts[0].form)
     if pack:
         parts = [_one_stream(parts)]
     max_length = min(max_length, loaded.context)
     encodings = [_encoded(part, loaded, label, max_length, pack=pack) for part in parts]
     examples = [example for encoding in encodings for example in encoding.examples]
     try:
-        refuse_unscored(examples, parts[0].form.columns[-1])
+        cut_at = max_length if any(encoding.cut for encoding in encodings) else None
+        refuse_unscored(examples, parts[0].form.columns[-1], cut_at)
     except MismatchError as error:
         raise MismatchError(f"{', '.join(map(repr, names))}: {error}") from None
     notes = [
@@ -112,13 +113,17 @@ def refuse_blank(refs: str | Sequence[str], column: str, texts: Sequence[str]) -
         MismatchError: There is nothing to read in them.
     """
     if not any(text.strip() for text in texts):
-        _refuse_wordless([refs] if isinstance(refs, str) else refs, column)
+        _refuse_wordless([refs] if isinstance(refs, str) else refs, Form("text", (column,)))
 
 
-def _refuse_wordless(names: Sequence[str], column: str) -> NoReturn:
-    raise MismatchError(
-        f"no row of {', '.join(names)} has a word in its column '{column}', or a token to read."
-    )
+def _refuse_wordless(names: Sequence[str], form: Form) -> NoReturn:
+    column, rows = form.columns[-1], f"no row of {', '.join(names)}"
+    if form.kind == "messages":
+        raise MismatchError(
+            f"{rows} has a turn of the assistant with a word in its column '{column}'. Such turns "
+            "alone are scored: their role is assistant."
+        )
+    raise MismatchError(f"{rows} has a word in its column '{column}', or a token to read.")
 
 
 class _Part(NamedTuple):

@@ -53,7 +53,12 @@ class Scored(NamedTuple):
 
 
 def conversation(
-    messages: object, column: str, place: str, *, completion: object = None, tools: object = None
+    messages: object,
+    column: str,
+    place: str,
+    *,
+    completion: tuple[object, str] | None = None,
+    tools: object = None,
 ) -> Conversation:
     """The conversation of a row, after its messages were checked.
 
@@ -62,14 +67,14 @@ def conversation(
             them, `from` and `value`.
         column: Name of their column.
         place: The row, for messages.
-        completion: More messages, behind those, which alone are scored then.
+        completion: More messages, behind those, which alone are scored then, and their column.
         tools: What the row's column of tools holds.
 
     Raises:
         MismatchError: They are no messages.
     """
     first = _messages(messages, column, place)
-    more = [] if completion is None else _messages(completion, column, place)
+    more = [] if completion is None else _messages(*completion, place)
     start = len(first) if completion is not None else 0
     return Conversation([*first, *more], start, _tools(tools, place), place)
 
@@ -213,8 +218,9 @@ def _message(value: object, place: str) -> dict[str, Any]:
     if isinstance(content, list):
         content = _text_of_parts(content)
     if not isinstance(content, str):
+        what = "a list of parts" if content and isinstance(content, list) else described(content)
         raise MismatchError(
-            f"{place} has {described(content)} as its content, expected text. Images and other "
+            f"{place} has {what} as its content, expected text. Images and other "
             "parts are not read."
         )
     return {"role": role, "content": content} | {
