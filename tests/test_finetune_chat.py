@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,6 +152,23 @@ def test_a_best_checkpoint_that_is_not_of_the_run_is_refused(world, tmp_path, mo
         run_finetune(world("out", "resume=true"), quiet=True)
 
 
+@pytest.mark.parametrize("left", [4, 6])
+def test_a_best_checkpoint_that_is_gone_is_missed_before_any_step(
+    world, tmp_path, monkeypatch, left
+):
+    """Else the last weights would be stored as the best ones."""
+    losses = iter((1.0, 2.0, 3.0))
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: {"loss": next(losses)})
+    run_finetune(world("out", "optimizer=adamw", "posterior=none"), quiet=True)
+    checkpoints = tmp_path / "out.checkpoints"
+    for step in (2, 6) if left == 4 else (2, 4):
+        shutil.rmtree(checkpoints / f"checkpoint-{step}")
+    shutil.rmtree(tmp_path / "out")
+    again = world("out", "optimizer=adamw", "posterior=none", "resume=true")
+    with pytest.raises(CheckpointError, match=rf"-2' is the best .*-{left}' .* it is gone"):
+        run_finetune(again, quiet=True)
+
+
 def test_a_best_checkpoint_that_was_made_late_is_found(tmp_path):
     """As that of a sharded model, whose folder is not there yet when the Trainer looks for it."""
     args = SimpleNamespace(output_dir=str(tmp_path))
@@ -260,6 +278,11 @@ def test_an_attention_is_used_or_refused_by_name(world):
         (["eval_data=null", "load_best=false"], "patience needs held-out rows"),
         (["save_steps=null"], "load_best chooses among checkpoints: give save_steps"),
         (["eval_steps=1"], "eval_steps is 1 and save_steps 2. Leave eval_steps out"),
+        (
+            ["scheduler=greedy", "eval_data=null", "load_best=false", "patience=null"],
+            "scheduler: greedy follows the loss .* eval_data",
+        ),
+        (["scheduler=warmup_stable_decay"], "needs numbers of its own, .* one of linear, cosine,"),
         (["chat_template=none.jinja"], "none.jinja cannot be read"),
         (["data={path: c.jsonl, weight: 0}"], "data.weight: expected a number above 0"),
         (["data=[{path: c.jsonl, wait: 2}]"], "did you mean 'weight'"),

@@ -185,10 +185,10 @@ def has_ended(checkpoint: Checkpoint | None, patience: int | None) -> bool:
 
 
 def best_of(checkpoint: Checkpoint) -> Best | None:
-    """The best checkpoint that a run had when it wrote this one; None if it has lost it.
+    """The best checkpoint that a run had when it wrote this one; None before any had a loss.
 
     Raises:
-        CheckpointError: The record of it is none.
+        CheckpointError: The record of it is none, or it is not there any more.
     """
     step = _state(checkpoint).get("best_global_step")
     if step is None:
@@ -199,7 +199,12 @@ def best_of(checkpoint: Checkpoint) -> Best | None:
             f"run. Remove {checkpoint.path}, to resume from the checkpoint before it."
         )
     path = checkpoint.path.with_name(f"checkpoint-{step}")
-    return Best(step, path) if path.is_dir() else None
+    if not path.is_dir():
+        raise CheckpointError(
+            f"'{path}' is the best checkpoint of the run that '{checkpoint.path}' continues, and "
+            "it is gone. Put it back, or leave --resume out and start again with --force."
+        )
+    return Best(step, path)
 
 
 def measured_at(history: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, float]:

@@ -19,6 +19,9 @@ from mergekit_bayes.models.load import Loaded, other_head
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Schedules of transformers that follow the held-out loss, and those that need further numbers.
+_FOLLOWING = ("reduce_lr_on_plateau", "greedy")
+_INCOMPLETE = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
 # Below it the ess that keeps the first noise quiet, and so the prior, leaves float32.
 _LEAST_DECAY = 1e-20
 _ONLY_REPLICAS = (
@@ -157,7 +160,17 @@ def _refuse_settings(config: FinetuneConfig) -> None:
             "run."
         )
     _refuse_evaluation(config)
-    schedulers = [scheduler.value for scheduler in SchedulerType]
+    schedulers = [s.value for s in SchedulerType if s.value not in _INCOMPLETE]
+    if config.scheduler in _INCOMPLETE:
+        raise ConfigError(
+            f"scheduler: {config.scheduler} needs numbers of its own, for which there is no "
+            f"setting; take one of {', '.join(schedulers)}."
+        )
+    if config.scheduler in _FOLLOWING and config.eval_data is None:
+        raise ConfigError(
+            f"scheduler: {config.scheduler} follows the loss on held-out rows: name them by "
+            "eval_data, or take another schedule."
+        )
     if config.scheduler not in schedulers:
         hint = did_you_mean(config.scheduler, schedulers) or f"one of {', '.join(schedulers)}."
         raise ConfigError(f"scheduler: transformers knows no '{config.scheduler}'; {hint}")

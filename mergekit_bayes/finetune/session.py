@@ -146,7 +146,8 @@ def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> Trained:
         step, loss, path = checkpoint.step, checkpoint.loss, str(checkpoint.path)
         with _loading(checkpoint):
             state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
-        best_of(checkpoint)  # which refuses a record that is none
+        if trainer.args.load_best_model_at_end:
+            best_of(checkpoint)  # which refuses a record that is none, and one that is gone
         _refuse_best_elsewhere(checkpoint, state.best_model_checkpoint)
         for name in _LOADERS:
             setattr(trainer, name, _loading(checkpoint)(getattr(trainer, name)))
