@@ -170,12 +170,13 @@ def as_before(checkpoint, rate):
     marker["settings"]["learning_rate"] = rate
     for name in AFTERWARDS:
         del marker["settings"][name]
-    marker["settings"]["text_column"] = "text"
+    marker["settings"] |= {"text_column": "text", "pack": True}
     (checkpoint / "whole.json").write_text(json.dumps(marker))
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed_or_told_in_the_present_unit(tmp_path, data):
     kept = {"posterior": "none", "max_steps": 4, "save_steps": 2, "keep_checkpoints": True}
+    kept |= {"pack": "joined", "max_length": 16}
     run_finetune(config(tmp_path, data, **kept), quiet=True)
     through = tiny.read(tmp_path / "out")
     for path in ("out", "out.checkpoints/checkpoint-4"):

@@ -141,7 +141,7 @@ def test_packing_loses_no_document_and_exceeds_no_length(length):
 
 def test_pack_says_how(tmp_path):
     given = {"model": "m", "data": "d", "output": "o"}
-    with pytest.raises(ConfigError, match=r"pack: true is not said any more. Write joined"):
+    with pytest.raises(ConfigError, match=r"pack: true no longer says how .*Write joined"):
         FinetuneConfig(**given, pack=True)
     assert FinetuneConfig(**given).pack is False
     data = texts(tmp_path / "t.jsonl")

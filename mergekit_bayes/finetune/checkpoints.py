@@ -326,6 +326,8 @@ def _as_today(settings: Mapping[str, Any], identity: Mapping[str, object]) -> di
     """The settings of a checkpoint, which an earlier version may have written."""
     stored = in_present_unit(settings)
     compared = {n: v for n, v in stored.items() if n not in _FREE or n in identity}
+    if compared.get("pack") is True:
+        compared["pack"] = "joined"  # as it is named now
     return {name: value for name, value in _NEW.items() if name in identity} | compared
 
 
