@@ -265,11 +265,14 @@ def test_activations_that_are_computed_again_change_nothing(world, tmp_path, mon
     assert calls.count("true") > 1.5 * calls.count("false")
 
 
-def test_an_attention_is_used_or_refused_by_name(world):
+def test_an_attention_is_used_or_refused_by_name(world, monkeypatch):
     run = load_run(world("out", "attn_implementation=eager"), 1)
     assert run.loaded.model.config._attn_implementation == "eager"
     with pytest.raises(ConfigError, match="attn_implementation: flash_attention_2 cannot be used"):
         load_run(world("out", "attn_implementation=flash_attention_2"), 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="flex_attention has no backward pass on a CPU"):
+        load_run(world("out", "attn_implementation=flex_attention"), 1)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,18 @@ def test_an_output_in_the_place_of_an_input_is_refused(world, command, place):
     assert {path: path.read_bytes() for path in world.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("name", ["eval_data", "chat_template"])
+def test_what_a_fine_tune_reads_besides_its_data_is_not_replaced(world, name):
+    output = world / f"with {name}"
+    output.mkdir()
+    file = output / "t.jsonl"
+    file.write_text("{}")
+    settings = {"model": str(world / "model"), "data": str(world / "texts"), name: str(file)}
+    with pytest.raises(CheckpointError, match=r"would replace .*t.jsonl', an input"):
+        run_finetune(FinetuneConfig(**settings, output=str(output), force=True))
+    assert file.exists()
+
+
 @pytest.mark.parametrize(
     ("command", "place"),
     [(_precision, "model/model.safetensors"), (_evaluate, "words.txt")],

@@ -167,6 +167,11 @@ def load_base(config: FinetuneConfig) -> Loaded:
 
 def _choose_attention(loaded: Loaded, name: str) -> None:
     """Let the model, below an adapter, use this attention."""
+    if name == "flex_attention" and choose_device(None).type == "cpu":
+        raise ConfigError(
+            "attn_implementation: flex_attention has no backward pass on a CPU. Choose sdpa or eager, "
+            "or leave it out."
+        )
     try:
         model = (
             loaded.model.get_base_model() if hasattr(loaded.model, "peft_config") else loaded.model

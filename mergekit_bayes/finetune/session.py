@@ -65,7 +65,7 @@ def checkpoint_folder(config: FinetuneConfig) -> Iterator[Path]:
 
 
 def refuse_output(config: FinetuneConfig) -> None:
-    """Refuse an output that exists already, or that would replace the model or the data.
+    """Refuse an output that exists already, or that would replace the model or what is read.
 
     Raises:
         CheckpointError: It is one.
@@ -75,7 +75,8 @@ def refuse_output(config: FinetuneConfig) -> None:
         raise CheckpointError(
             f"'{target}' exists. Choose another output, or pass --force to replace it."
         )
-    refuse_inputs(target, [config.model, *config.paths, *config.eval_sources])
+    others = [*config.eval_sources, *([config.chat_template] if config.chat_template else [])]
+    refuse_inputs(target, [config.model, *config.paths, *others])
 
 
 def open_output(config: FinetuneConfig, held: ExitStack) -> Checkpoint | None:

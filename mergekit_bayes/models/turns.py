@@ -181,7 +181,8 @@ def _render(
             return_assistant_tokens_mask=is_marked,
             **tokenizer.special_tokens_map,
         ),
-        "Remove such rows, or write them as the template expects.",
+        "Remove such rows, write them as the template expects, or give another template "
+        "(chat_template: FILE in bmerge finetune).",
     )
     return texts[0], spans[0] if is_marked else []
 
