@@ -169,8 +169,8 @@ def _choose_attention(loaded: Loaded, name: str) -> None:
     """Let the model, below an adapter, use this attention."""
     if name == "flex_attention" and choose_device(None).type == "cpu":
         raise ConfigError(
-            "attn_implementation: flex_attention has no backward pass on a CPU. Choose sdpa or eager, "
-            "or leave it out."
+            "attn_implementation: flex_attention has no backward pass on a CPU. Choose sdpa or "
+            "eager, or leave it out."
         )
     try:
         model = (
@@ -180,7 +180,7 @@ def _choose_attention(loaded: Loaded, name: str) -> None:
     except (ImportError, ValueError) as error:
         raise ConfigError(
             f"attn_implementation: {name} cannot be used here ({reason(error)}). Choose another, "
-            "or leave it out."
+            "eager, or leave it out."
         ) from None
 
 
