@@ -187,7 +187,18 @@ def test_tools_reach_the_template_as_objects_or_as_json(tmp_path, llama):
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 .*a list"),
         ({"messages": [{"role": 3, "content": "a"}]}, r"a number \(3\) as its role"),
         ({"messages": [{"role": "user", "content": None}]}, "null .* as its content"),
-        ({"messages": turns("the"), "n": 1}, "no row of .* has a word in its column 'messages'"),
+        (
+            {"messages": turns("the", " "), "n": 1},
+            "no row of .* has a word in its column 'messages'",
+        ),
+        (
+            {"messages": [TWO[0], {"role": "bot", "content": "a"}], "n": 1},
+            "no conversation of .* the assistant.*the roles are bot, user. Write role: assistant",
+        ),
+        (
+            {"messages": [TWO[0], {"role": "assistant", "text": "a"}], "n": 1},
+            "row 1: message 2 of 'messages' has no content, but text. Write its text as content",
+        ),
         ({"messages": TWO, "tools": "{"}, "'tools' is not JSON"),
         ({"messages": TWO, "tools": "3"}, "'tools' is a text|'tools' is a number"),
         ({"prompt": "a", "completion": TWO}, "'prompt' is .*two texts or two lists of messages"),
@@ -250,7 +261,7 @@ def test_what_is_guessed_cut_or_left_out_is_counted(tmp_path, llama, models):
     assert "conversations in the column 'messages'" in guessed
     assert "2 of 2 rows are cut at 7 tokens, which loses 12 of 26 tokens" in cut
     assert "1 of 2 rows have no token that is scored" in left_out
-    with pytest.raises(MismatchError, match="no row has a token to predict"):
+    with pytest.raises(MismatchError, match=r"within max_length \(5 tokens\).* Raise it"):
         read(tmp_path, llama, *rows, max_length=5)
     texts = [{"text": "the cat sat on", "label": 1}, {"text": "a", "label": 0}]
     (note,) = read(tmp_path, llama, *texts, max_length=4).notes
@@ -296,7 +307,7 @@ def test_a_precision_of_conversations_counts_their_scored_tokens(tmp_path, llama
     }
     report = run_precision(PrecisionConfig(**settings), quiet=True)
     assert (report.observations, report.unit, report.rows) == (20, "token", 4)
-    assert any("1 of 5 rows hold no word" in note for note in report.notes)
+    assert any("1 of 5 rows hold no word that is scored" in note for note in report.notes)
     assert any("assistant's turns are scored" in note for note in report.notes)
     with pytest.raises(BmergeError, match="no column 'chat'"):
         run_precision(PrecisionConfig(**settings, messages_column="chat", force=True), quiet=True)
