@@ -132,7 +132,7 @@ def test_packing_loses_no_document_and_exceeds_no_length(length):
 
 def test_pack_says_how(tmp_path):
     given = {"model": "m", "data": "d", "output": "o"}
-    with pytest.raises(ConfigError, match=r"pack: true is not said any more. Write joined"):
+    with pytest.raises(ConfigError, match=r"pack: true is no longer accepted. Write joined"):
         FinetuneConfig(**given, pack=True)
     assert FinetuneConfig(**given).pack is False
     data = texts(tmp_path / "t.jsonl")

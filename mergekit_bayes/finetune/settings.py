@@ -25,7 +25,7 @@ def say_what_pack_was(value: object) -> object:
     """
     if value is True:
         raise ValueError(
-            "true is not said any more. Write joined for what it was: rows joined by EOS, each of "
+            "true is no longer accepted. Write joined for what it was: rows joined by EOS, each of "
             "which sees those before it. In a fine-tune, documents keeps rows apart."
         )
     return value
