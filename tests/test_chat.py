@@ -195,8 +195,16 @@ def test_tools_reach_the_template_as_objects_or_as_json(tmp_path, llama):
         ({"messages": [{"role": 3, "content": "a"}]}, r"a number \(3\) as its role"),
         ({"messages": [{"role": "user", "content": None}]}, "null .* as its content"),
         (
-            {"messages": turns("the"), "n": 1},
+            {"messages": turns("the", " "), "n": 1},
             "no row of .* has a turn of the assistant with a word",
+        ),
+        (
+            {"messages": [TWO[0], {"role": "bot", "content": "a"}], "n": 1},
+            "no conversation of .* the assistant.*the roles are bot, user. Write role: assistant",
+        ),
+        (
+            {"messages": [TWO[0], {"role": "assistant", "text": "a"}], "n": 1},
+            "row 1: message 2 of 'messages' has no content, but text. Write its text as content",
         ),
         ({"messages": TWO, "tools": "{"}, "'tools' is not JSON"),
         ({"messages": TWO, "tools": "3"}, r"'tools' is a number \(3\), expected a list of"),
@@ -307,7 +315,7 @@ def test_a_precision_of_conversations_counts_their_scored_tokens(tmp_path, llama
     }
     report = run_precision(PrecisionConfig(**settings), quiet=True)
     assert (report.observations, report.unit, report.rows) == (20, "token", 4)
-    assert any("1 of 5 rows hold no word" in note for note in report.notes)
+    assert any("1 of 5 rows hold no word that is scored" in note for note in report.notes)
     assert any("assistant's turns are scored" in note for note in report.notes)
     with pytest.raises(BmergeError, match="no column 'chat'"):
         run_precision(PrecisionConfig(**settings, messages_column="chat", force=True), quiet=True)

@@ -190,6 +190,7 @@ def test_an_adapter_has_its_posterior_beside_it_in_pefts_names(tmp_path, data):
     run_finetune(settings, quiet=True)
     with open_posterior(str(tmp_path / "out")) as posterior:
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+        assert not (tmp_path / "out" / "README.md").exists()  # peft's is all placeholders
         assert set(posterior.precision.specs) == set(posterior.mean.specs)
         assert all("lora_" in n and ".default." not in n for n in posterior.mean.specs)
         # By it, adapters of one start can be merged by factors.

@@ -82,6 +82,8 @@ def test_the_shipped_chat_settings_train_evaluate_choose_and_resume(
     assert "conversations in the column 'messages', of which the assistant's turns are" in errors
     assert "step 4/6  held out:  loss " in errors
     assert "  grad_norm " in errors
+    assert "pack: 40 rows are packed into " in errors
+    assert not any(word in errors for word in ("resuming", "patience", "warmup_steps"))
     measured = losses(tmp_path / "whole.checkpoints")
     assert list(measured) == [2, 4, 6]
     assert report.best_step == min(measured, key=measured.get)
@@ -95,7 +97,11 @@ def test_the_shipped_chat_settings_train_evaluate_choose_and_resume(
     )
     assert report.observations == info_of(tmp_path / "whole").observations
     stopped(monkeypatch, world("halves"), 5)
-    resumed = run_finetune(world("halves", "resume=true"), quiet=True)
+    capfd.readouterr()
+    resumed = run_finetune(world("halves", "resume=true"))
+    assert f"resuming from '{tmp_path / 'halves'}.checkpoints/checkpoint-4'" in (
+        capfd.readouterr().err
+    )
     assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
     assert (resumed.evaluation, resumed.best_step) == (report.evaluation, report.best_step)
     # Other held-out rows would have chosen otherwise.
@@ -105,7 +111,7 @@ def test_the_shipped_chat_settings_train_evaluate_choose_and_resume(
 
 
 def test_the_best_checkpoint_is_stored_with_its_posterior_and_training_stops(
-    world, tmp_path, monkeypatch
+    world, tmp_path, monkeypatch, capfd, caplog
 ):
     """The second checkpoint has the lowest loss, and the fourth is the last of twelve steps."""
 
@@ -113,9 +119,12 @@ def test_the_best_checkpoint_is_stored_with_its_posterior_and_training_stops(
         left = iter(losses)
         monkeypatch.setattr(evaluation, "measure", lambda *_, **__: {"loss": next(left)})
 
-    changes = "posterior=ivon", "patience=2", "max_steps=12"
+    changes = "posterior=ivon", "patience=2", "max_steps=12", "warmup_steps=12"
     measuring(2.0, 1.0, 3.0, 1.5)
-    report = run_finetune(world("whole", *changes), quiet=True)
+    report = run_finetune(world("whole", *changes))
+    said = "step 8/12  stopped by patience: no lower held-out loss in the last 2 evaluations"
+    assert said in capfd.readouterr().err
+    assert "the rate never reaches learning_rate 0.001" in caplog.text
     checkpoints = tmp_path / "whole.checkpoints"
     assert (report.best_step, report.steps, report.evaluation) == (4, 8, {"loss": 1.0})
     assert info_of(tmp_path / "whole").training["steps"] == 4

@@ -130,7 +130,7 @@ def test_rows_without_a_word_are_left_out_and_counted(world, tmp_path, model):
     gaps = tmp_path / "gaps.jsonl"
     found, same, told = estimate(world, model, tmp_path / "b.safetensors", data=gaps)
     assert (told.rows, told.sampled, same.observations) == (4, 4, info.observations)
-    assert told.notes == ("3 of 7 rows hold no word and were left out",)
+    assert told.notes == ("3 of 7 rows hold no word that is scored and were left out",)
     assert report.notes == ()
     for name, value in whole.items():
         np.testing.assert_array_equal(found[name], value)
@@ -142,7 +142,7 @@ def test_texts_without_a_word_are_left_out_and_counted(world, tmp_path, monkeypa
     )
     _, info, report = estimate(world, "gpt2", tmp_path / "a.safetensors", self_generated=5)
     assert (report.rows, info.training["texts"]) == (4, 4)
-    assert report.notes == ("1 of 5 texts hold no word and were left out",)
+    assert report.notes == ("1 of 5 texts hold no word that is scored and were left out",)
 
 
 def test_random_tokens_are_counted_and_recorded(world, tmp_path):

@@ -247,7 +247,7 @@ def test_the_advice_for_null_can_be_followed(tmp_path, place):
         ({"messages": MESSAGES}, "Conversations are read by .* messages_column .*column 'text'"),
         (
             {"prompt": "the", "completion": "cat"},
-            "Columns of text: prompt, completion; name one",
+            "Columns of text: prompt, completion; name one .* or two: prompt_column",
         ),
         ({"body": "the cat", "n": 1}, "Columns of text: body; name one as the text column"),
     ],

@@ -98,6 +98,7 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
         rows = main_first(lambda: _load_examples(config, loaded))
         choices = choose(config, loaded, rows.examples, processes)
     warn_of_rounding(config, loaded)
+    warn_of_warmup(config, choices)
     identity = identity_of(config, choices.record(), base, rows.examples)
     if rows.held_out:
         identity["eval_data"] = digest(rows.held_out)
@@ -194,6 +195,18 @@ def warn_of_rounding(config: FinetuneConfig, loaded: Loaded) -> None:
             "dtype: the trained weights are %s, in whose rounding many steps of the default "
             "size are lost. Use dtype: float32 with bf16: true, or lora.",
             name,
+        )
+
+
+def warn_of_warmup(config: FinetuneConfig, choices: Choices) -> None:
+    """Say if the run ends before the learning rate has risen to what was set."""
+    if config.warmup_steps >= choices.steps and is_main():
+        logger.warning(
+            "warmup_steps: the run has %d steps, so in %d steps of warm-up the rate never reaches "
+            "learning_rate %g. Lower warmup_steps, or train longer.",
+            choices.steps,
+            config.warmup_steps,
+            choices.learning_rate,
         )
 
 
@@ -301,7 +314,11 @@ def _read_examples(config: FinetuneConfig, loaded: Loaded) -> Encoded:
         pack=config.pack == "joined",
         weights=Weights([source.weight for source in config.data], config.seed),
     )
-    return read._replace(examples=_packed(config, loaded, read.examples))
+    packed = _packed(config, loaded, read.examples)
+    if packed is read.examples:
+        return read
+    note = f"pack: {len(read.examples):,} rows are packed into {len(packed):,}"
+    return read._replace(examples=packed, notes=(*read.notes, note))
 
 
 def _read_held_out(config: FinetuneConfig, loaded: Loaded) -> Encoded:

@@ -65,11 +65,17 @@ class IvonRunTrainer(Evaluated, IvonTrainerMixin, ShardsMixin, Trainer):  # type
 
 
 class ProgressBar(ProgressCallback):  # type: ignore[misc]
-    """On stderr: a first line, a line for each log, and on a terminal a bar."""
+    """On stderr: a first line, a line for each log, and on a terminal a bar.
 
-    def __init__(self, first_line: str) -> None:
+    Args:
+        first_line: Printed when training begins.
+        patience: Evaluations after which training may end early, if it may.
+    """
+
+    def __init__(self, first_line: str, patience: int | None = None) -> None:
         super().__init__()
         self._first_line = first_line
+        self._patience = patience
 
     def on_train_begin(
         self,
@@ -102,7 +108,13 @@ class ProgressBar(ProgressCallback):  # type: ignore[misc]
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """Close the bar."""
+        """Say if training ended before its last step, and close the bar."""
+        if state.is_world_process_zero and self._patience and state.global_step < state.max_steps:
+            losses = "evaluation" if self._patience == 1 else f"{self._patience} evaluations"
+            self.say(
+                f"step {state.global_step}/{state.max_steps}  stopped by patience: no lower "
+                f"held-out loss in the last {losses}"
+            )
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
 

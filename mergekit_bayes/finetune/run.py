@@ -67,6 +67,9 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         run = load_run(config, arguments.world_size)
         check_checkpoint(checkpoint, run.identity)
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
+        if checkpoint is not None:
+            resumed = f"resuming from '{checkpoint.path}'"
+            run = replace(run, notes=(*run.notes, resumed))
         trainer = make_trainer(run, arguments, quiet=quiet, loss_before=loss_before)
         is_ivon = run.choices.ivon is not None
         patience = config.patience

@@ -155,6 +155,7 @@ def _save_model(run: Run, folder: Path, gathered: Gathered | None) -> None:
 
     def save() -> None:
         model.save_pretrained(folder) if gathered is None else gathered.save_model(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's card, all of it placeholders
         run.loaded.tokenizer.save_pretrained(folder)
         if config.lora is not None and run.loaded.task == "classification":
             model.config.save_pretrained(folder)  # an adapter's own does not name the labels

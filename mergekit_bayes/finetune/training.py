@@ -130,5 +130,6 @@ def make_trainer(
     if config.patience is not None:
         trainer.add_callback(Patience(config.patience))
     if not quiet:
-        trainer.add_callback(ProgressBar("\n".join((*run.notes, run.choices.summary(run.unit)))))
+        first = "\n".join((*run.notes, run.choices.summary(run.unit)))
+        trainer.add_callback(ProgressBar(first, config.patience))
     return trainer

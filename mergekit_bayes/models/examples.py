@@ -12,6 +12,7 @@ from mergekit_bayes.models.columns import TEXT, TOOLS, Columns, Form, form_of
 from mergekit_bayes.models.encode import Encoding, encode_texts, refuse_unscored
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.rows import Table, Wanted, load_tables
+from mergekit_bayes.models.turns import ASSISTANT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,6 +85,8 @@ def read_examples(
     for table, form, drawn_from in _tables(names, loaded, columns, label, where, max_rows, weights):
         parts.append(_part(table, form, drawn_from, label, skip_blank=skip_blank))
     if not any(part.worded for part in parts):
+        if all(part.form.kind == "messages" for part in parts):
+            _refuse_unanswered(names, parts)
         _refuse_wordless(names, parts[0].form)
     if pack:
         parts = [_one_stream(parts)]
@@ -124,6 +127,21 @@ def _refuse_wordless(names: Sequence[str], form: Form) -> NoReturn:
             "alone are scored: their role is assistant."
         )
     raise MismatchError(f"{rows} has a word in its column '{column}', or a token to read.")
+
+
+def _refuse_unanswered(names: Sequence[str], parts: Sequence["_Part"]) -> None:
+    """Refuse conversations without a turn of the assistant, which is all that is scored.
+
+    Raises:
+        MismatchError: There is none.
+    """
+    roles = {message["role"] for part in parts for row in part.rows for message in row.messages}
+    if ASSISTANT not in roles:
+        raise MismatchError(
+            f"no conversation of {', '.join(map(repr, names))} has a turn of the assistant, which "
+            f"is what is scored: the roles are {', '.join(sorted(roles))}. Write role: assistant "
+            "there (gpt beside from)."
+        )
 
 
 class _Part(NamedTuple):

@@ -379,7 +379,10 @@ def _columns_of_text(rows: "Dataset") -> str:
     chats = ("messages", "conversations")
     advice = [CONVERSATIONS for c in rows.column_names if c in chats and c not in inside][:1]
     if texts:
-        advice.append(f"Columns of text: {', '.join(texts)}; name one as the text column.")
+        pairs = ""
+        if len(texts) > 1:
+            pairs = " (in bmerge finetune and precision, or two: prompt_column, completion_column)"
+        advice.append(f"Columns of text: {', '.join(texts)}; name one as the text column{pairs}.")
     else:
         advice.append("Write each row as one string in a column 'text'.")
     return f" {' '.join(advice)}"

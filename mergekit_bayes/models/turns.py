@@ -21,8 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ASSISTANT = "assistant"
-_SHARED = {"human": "user", "gpt": _ASSISTANT}  # roles of conversations in ShareGPT's form
+ASSISTANT = "assistant"
+# Keys of a message that can stand for its content: a call of a tool, or reasoning alone.
+_IN_PLACE_OF_CONTENT = {
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+}
+_SHARED = {"human": "user", "gpt": ASSISTANT}  # roles of conversations in ShareGPT's form
 _ADVICE = (
     "Give it a template that marks the assistant's turns with {% generation %} "
     "(chat_template: FILE in bmerge finetune), or remove such rows."
@@ -82,7 +90,7 @@ def conversation(
 def says_something(chat: Conversation) -> bool:
     """Whether the assistant says or calls anything in what is scored."""
     return any(
-        message["role"] == _ASSISTANT and (str(message["content"]).strip() or len(message) > 2)
+        message["role"] == ASSISTANT and (str(message["content"]).strip() or len(message) > 2)
         for message in chat.messages[chat.scored_from :]
     )
 
@@ -126,7 +134,7 @@ def _by_prefixes(chat: Conversation, render: Callable[..., tuple[str, Any]]) -> 
     text, _ = render(len(chat.messages))
     turns: list[Scored] = []
     for i in range(chat.scored_from, len(chat.messages)):
-        if chat.messages[i]["role"] == _ASSISTANT:
+        if chat.messages[i]["role"] == ASSISTANT:
             after, _ = render(i + 1)
             before = _beginning(_before(i, render), after, chat)
             turns.append(Scored(after, [(len(before), len(after))]))
@@ -214,10 +222,14 @@ def _message(value: object, place: str) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise MismatchError(f"{place} has {described(role)} as its role, expected text.")
-    if content is None and len(message.keys() - {"role", "content"}):
-        content = ""  # of a message that only calls a tool
+    if content is None and message.keys() & _IN_PLACE_OF_CONTENT:
+        content = ""
     if isinstance(content, list):
         content = _text_of_parts(content)
+    if content is None and len(others := message.keys() - {"role", "content"}):
+        raise MismatchError(
+            f"{place} has no content, but {', '.join(sorted(others))}. Write its text as content."
+        )
     if not isinstance(content, str):
         what = "a list of parts" if content and isinstance(content, list) else described(content)
         raise MismatchError(

@@ -165,7 +165,11 @@ def random_tokens(loaded: Loaded, count: int, length: int, seed: int) -> list[di
 
 def _left_out(blank: int, rows: int, what: str) -> tuple[str, ...]:
     """The note on rows without a word; none where there are none."""
-    return (f"{blank:,} of {rows:,} {what} hold no word and were left out",) if blank else ()
+    return (
+        (f"{blank:,} of {rows:,} {what} hold no word that is scored and were left out",)
+        if blank
+        else ()
+    )
 
 
 def _outputs(loaded: Loaded) -> int:
