@@ -24,6 +24,19 @@ def test_one_group_keeps_the_prior_that_was_asked_for(tmp_path):
     assert groups[0]["weight_decay"] == 1e-3
 
 
+def test_a_compiled_backward_pass_keeps_its_buffers_for_the_curvature(tmp_path):
+    """The slow test of compiled chat settings needs it; to compile a model takes a minute."""
+
+    class Looks(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append(torch._functorch.config.donated_buffer)
+
+    seen, before = [], torch._functorch.config.donated_buffer
+    trainer(tmp_path, [Looks()], max_steps=1).train()
+    assert seen == [False]
+    assert torch._functorch.config.donated_buffer == before
+
+
 class Means(transformers.TrainerCallback):
     """Remembers the weights that callbacks see, and may stop in the middle of a step."""
 

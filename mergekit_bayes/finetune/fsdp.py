@@ -17,6 +17,7 @@ from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.ranks import launched
 
 _SWITCH = "ACCELERATE_USE_FSDP"
+_DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
 # What else accelerate's launcher can ask of FSDP2, and what to do in its place.
 _OTHERS = {
     "FSDP_OFFLOAD_PARAMS": (
@@ -79,7 +80,7 @@ def refuse_shards(config: FinetuneConfig, environment: Mapping[str, str]) -> Non
             "rank_noise: of a sharded model all processes see one sample of the weights. Leave "
             "rank_noise or shard out."
         )
-    if config.torch_compile or environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+    if config.torch_compile or (environment.get(_DYNAMO) or "no").lower() != "no":
         raise ConfigError(
             "torch_compile: a sharded model is not compiled, since its samples were not tested "
             "there. Leave torch_compile (or the launcher's --dynamo_backend) or shard out."

@@ -205,8 +205,8 @@ def _tables(
 def drawn_rows(count: int, weight: float, seed: int) -> list[int]:
     """The rows that a pass over a source of this weight draws, in their order.
 
-    Every row comes as often as the whole part of the weight says, and of the rest so many, chosen
-    at random, that round(weight * count) rows are drawn; one at least.
+    Every row comes as often as the whole part of the weight says. Further rows, chosen at random,
+    make it round(weight * count) rows, at least one.
 
     Args:
         count: Rows of the source.

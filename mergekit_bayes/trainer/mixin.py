@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._functorch.config as compiled_backward
 from torch import Tensor
 
 from mergekit_bayes.curvature.outputs import SEQUENCE, likelihood, loss_name, scored_logits
@@ -123,7 +124,9 @@ class IvonTrainerMixin:
     def train(self, *args: object, **kwargs: object) -> "TrainOutput":
         """Train. Micro-batches that an interrupted step left are dropped first."""
         self._collected = []
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        # A compiled model may give its buffers up in a backward pass, and the curvature needs two.
+        with compiled_backward.patch(donated_buffer=False):
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint and the optimizer state saved with them."""
