@@ -223,8 +223,9 @@ def test_tools_reach_the_template_as_objects_or_as_json(tmp_path, llama):
     ],
 )
 def test_rows_that_are_no_training_data_are_one_message(tmp_path, llama, row, message):
-    with pytest.raises(MismatchError, match=message):
-        read(tmp_path, llama, row)
+    for skip_blank in (False, True):
+        with pytest.raises(MismatchError, match=message):
+            read(tmp_path, llama, row, skip_blank=skip_blank)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,8 @@ def test_the_shipped_chat_settings_train_evaluate_choose_and_resume(
     chats(tmp_path / "h.jsonl", 5, seed=7)
     with pytest.raises(ConfigError, match="eval_data holds something else"):
         run_finetune(world("halves", "resume=true", "force=true"), quiet=True)
+    with pytest.raises(ConfigError, match="the adapter starts from other factors; seed is 0 there"):
+        run_finetune(world("halves", "resume=true", "force=true", "seed=3"), quiet=True)
 
 
 def test_the_best_checkpoint_is_stored_with_its_posterior_and_training_stops(

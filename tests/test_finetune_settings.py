@@ -94,7 +94,10 @@ def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path
         config(tmp_path, data, logging_steps=1, max_steps=4, ess=1e3, posterior="none"), quiet=True
     )
     assert (
-        sum("of a tensor's weights: raise ess or weight_decay" in r.message for r in caplog.records)
+        sum(
+            "as large as the weights; raise ess or weight_decay" in r.message
+            for r in caplog.records
+        )
         == 1
     )
     caplog.clear()

@@ -90,7 +90,7 @@ FAULTS = {
     ),
     "permuted": (lambda t, rng: rng.permutation(t.ravel()).reshape(t.shape), "another order"),
     "noise": (lambda t, rng: np.exp(rng.normal(size=t.shape)), "is noise"),
-    "transposed": (lambda t, rng: t.T if len(set(t.shape)) == 1 else t, "is transposed"),
+    "transposed": (lambda t, rng: t.T if len(set(t.shape)) == 1 else t, "as if it were transposed"),
     "half zero": (lambda t, rng: t * (rng.random(t.shape) < 0.5), "entries .* are zero"),
     "half of the rows": (
         lambda t, rng: t * (np.arange(len(t)) < len(t) / 2).reshape(-1, *[1] * (t.ndim - 1)),

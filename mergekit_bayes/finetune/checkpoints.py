@@ -28,6 +28,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune.rates import in_present_unit
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.libraries import call
+from mergekit_bayes.lora import INITIAL_A
 from mergekit_bayes.posterior import Identity
 from mergekit_bayes.records import Frozen
 
@@ -311,6 +312,8 @@ def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]
         if stored.get(name) != identity.get(name):
             if name in ("model", "data", "eval_data", "held", "prompts"):
                 lines.append(f"{name} holds something else")
+            elif name == INITIAL_A:  # a hash, which says nothing to anyone
+                lines.append("the adapter starts from other factors")
             else:
                 there, here = _said(stored.get(name)), _said(identity.get(name))
                 lines.append(f"{name} is {there} there and {here} here")

@@ -47,8 +47,8 @@ def problems(config: FinetuneConfig, health: Mapping[str, float], *, final: bool
     if health.get("sigma_over_rms", 0.0) > 0.1:
         floor = "weight_decay" if config.curvature == "ggn" else "hess_init"
         texts["sigma_over_rms"] = (
-            f"the noise reached {health['sigma_over_rms']:.2f} of a tensor's weights: raise ess or "
-            f"{floor}"
+            f"sigma_over_rms is {health['sigma_over_rms']:.3g}: the noise is that many times as "
+            f"large as the weights; raise ess or {floor}"
         )
     return texts
 

@@ -12,7 +12,7 @@ from mergekit_bayes.models.columns import TEXT, TOOLS, Columns, Form, form_of
 from mergekit_bayes.models.encode import Encoding, encode_texts, refuse_unscored
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.rows import Table, Wanted, load_tables
-from mergekit_bayes.models.turns import ASSISTANT
+from mergekit_bayes.models.turns import ASSISTANT, Conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,7 +135,7 @@ def _refuse_unanswered(names: Sequence[str], parts: Sequence["_Part"]) -> None:
     Raises:
         MismatchError: There is none.
     """
-    roles = {message["role"] for part in parts for row in part.rows for message in row.messages}
+    roles = frozenset[str]().union(*(part.roles for part in parts))
     if ASSISTANT not in roles:
         raise MismatchError(
             f"no conversation of {', '.join(map(repr, names))} has a turn of the assistant, which "
@@ -155,6 +155,7 @@ class _Part(NamedTuple):
         worded: Number of rows with a word.
         blank: Number of rows without one that were left out.
         drawn_from: Number of rows that the source has, where weights draw more or fewer of them.
+        roles: Who speaks in its conversations, those that were left out included.
     """
 
     name: str
@@ -164,6 +165,7 @@ class _Part(NamedTuple):
     worded: int
     blank: int
     drawn_from: int | None
+    roles: frozenset[str]
 
 
 def _tables(
@@ -245,11 +247,17 @@ def _part(
     else:
         rows = read_chat(table, form)
         worded = [i for i, row in enumerate(rows) if has_words(row)]
+    roles = frozenset(
+        str(message["role"])
+        for row in rows
+        if isinstance(row, Conversation)
+        for message in row.messages
+    )
     blank = len(rows) - len(worded) if skip_blank else 0
     if blank:
         rows = [rows[i] for i in worded]
         labels = None if labels is None else [labels[i] for i in worded]
-    return _Part(table.name, form, rows, labels, len(worded), blank, drawn_from)
+    return _Part(table.name, form, rows, labels, len(worded), blank, drawn_from, roles)
 
 
 def _one_stream(parts: Sequence[_Part]) -> _Part:

@@ -139,7 +139,8 @@ def doubts(found: Information) -> list[str]:
         )
     elif found.aligned is not None and found.aligned < 0:
         reasons.append(
-            "the rows of its square matrices fit the columns of other tensors: it is transposed"
+            "the rows of its square matrices fit the columns of other tensors, as if it were "
+            "transposed"
         )
     return reasons
 
