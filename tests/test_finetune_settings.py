@@ -1,5 +1,6 @@
 """Settings are loaded, chosen and documented, and the chosen values are reported."""
 
+import ast
 import re
 import shutil
 from pathlib import Path
@@ -167,8 +168,17 @@ def test_the_guide_s_first_settings_and_its_call_train(guide):
     assert info_of("tuned").estimator == "ggn"
 
 
+def test_the_guide_s_way_to_measure_a_stored_model_is_the_evaluation_of_training(guide, capsys):
+    settings = {"model": "base", "data": "mine.jsonl", "output": "chat-tuned", "max_steps": 2}
+    report = run_finetune(FinetuneConfig(**settings, eval_data="mine.jsonl"), quiet=True)
+    Path("mine.jsonl").rename("test.jsonl")
+    exec(guide("python")[1], {})
+    found = ast.literal_eval(capsys.readouterr().out)
+    assert found == pytest.approx(report.evaluation, rel=1e-5)
+
+
 def test_the_script_of_the_guide_chooses_as_a_fine_tune(guide):
-    _, coded, script = guide("python")
+    _, _, coded, script = guide("python")
     assert "BitsAndBytesConfig" in coded  # it is run where bitsandbytes is (tests/test_finetune.py)
     exec(script, {})
     load_model("tuned")
