@@ -311,7 +311,10 @@ def test_ten_thousand_names_take_less_than_a_second():
         (new, old, Scope.REPLACED),
         (square(*(f"z{n}" for n in flat)), flat, Scope.REPLACED),
     ):
-        start = time.process_time()
-        names = find_renaming(donor, other, scope=scope).names
-        assert time.process_time() - start < 1
-        assert len(names) == (10_000 if other is old else 0)
+        taken = []
+        for _ in range(3):  # garbage of other tests may be collected meanwhile
+            start = time.process_time()
+            names = find_renaming(donor, other, scope=scope).names
+            taken.append(time.process_time() - start)
+            assert len(names) == (10_000 if other is old else 0)
+        assert min(taken) < 1, taken
