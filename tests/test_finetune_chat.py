@@ -95,7 +95,10 @@ def test_the_shipped_chat_settings_train_evaluate_choose_and_resume(
     assert measure(loaded.model, apart, Collate(2), 3)["loss"] == pytest.approx(
         report.evaluation["loss"], rel=1e-5
     )
-    assert report.observations == info_of(tmp_path / "whole").observations
+    stored = info_of(tmp_path / "whole")
+    assert report.observations == stored.observations
+    for name, value in report.evaluation.items():
+        assert stored.training[f"eval_{name}"] == value
     stopped(monkeypatch, world("halves"), 5)
     capfd.readouterr()
     resumed = run_finetune(world("halves", "resume=true"))

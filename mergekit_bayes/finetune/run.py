@@ -92,7 +92,9 @@ def _store(
     """Store the model with the logs of its training, and then clean up beside it."""
     made = trained.steps if trained.best_step is None else trained.best_step
     run = replace(run, choices=replace(run.choices, steps=made))  # for the posterior's record
-    report = save_finetuned(run, optimizer, trained.steps, trained.loss, folder, gathered)
+    report = save_finetuned(
+        run, optimizer, trained.steps, trained.loss, folder, gathered, trained.evaluation
+    )
     if has_folder(run.config):
         keep = run.config.keep_checkpoints or run.config.save_steps is None
         close_checkpoints(folder, keep=keep)

@@ -57,6 +57,7 @@ def save_finetuned(
     loss: float,
     folder: Path,
     gathered: Gathered | None = None,
+    evaluation: Mapping[str, float] | None = None,
 ) -> FinetuneReport:
     """Write the checkpoint folder and its posterior, and say what was written.
 
@@ -67,6 +68,7 @@ def save_finetuned(
         loss: Mean training loss of a step.
         folder: Where the Trainer wrote, whose logs are stored with the model.
         gathered: The model, where it is sharded.
+        evaluation: What was measured of these weights on held-out data, by name.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -79,7 +81,7 @@ def save_finetuned(
         if config.posterior != "none":
             precision = final_precision(run, optimizer, gathered)
             health = _health(run, optimizer, precision, gathered)
-            _save_posterior(run, precision, health, partial)
+            _save_posterior(run, precision, health, evaluation or {}, partial)
     for problem in problems(config, health, final=True).values():
         logger.warning(problem)
     return FinetuneReport(
@@ -168,10 +170,15 @@ def _save_model(run: Run, folder: Path, gathered: Gathered | None) -> None:
 
 
 def _save_posterior(
-    run: Run, precision: FinalPrecision, health: dict[str, float], folder: Path
+    run: Run,
+    precision: FinalPrecision,
+    health: dict[str, float],
+    evaluation: Mapping[str, float],
+    folder: Path,
 ) -> None:
     """Write the posterior beside the model that `_save_model` wrote."""
     model = run.loaded.model
+    measured = {f"eval_{name}": value for name, value in evaluation.items()}
     prior, anchor = _prior_and_anchor(run, precision.ess)
     with SafetensorsSource(checkpoint_files(folder)) as source:
         mean = identify(source)
@@ -188,7 +195,7 @@ def _save_posterior(
         base=run.base,
         tokenizer=tokenizer_identity(folder),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        training=run.choices.record() | {LOSS: trained_loss(model).name},
+        training=run.choices.record() | {LOSS: trained_loss(model).name} | measured,
         aliases=dict(getattr(model, "all_tied_weights_keys", None) or {}),
     )
     save_posterior(folder, _stored(model, precision.tensors), info)
