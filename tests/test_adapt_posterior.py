@@ -25,7 +25,7 @@ from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.finetune.checkpoints import digest
+from mergekit_bayes.finetune.identity import digest
 from mergekit_bayes.hub.card import make_card
 from mergekit_bayes.hub.push import plan_push
 from mergekit_bayes.merge import MergeConfig, run_merge

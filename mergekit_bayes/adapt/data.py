@@ -19,8 +19,8 @@ from mergekit_bayes.adapt.units import Units, choose_units
 from mergekit_bayes.adapt.weights import chosen_prior, places_of
 from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.finetune.checkpoints import digest
 from mergekit_bayes.finetune.data import load_base, warn_of_rounding, with_lora
+from mergekit_bayes.finetune.identity import digest
 from mergekit_bayes.finetune.refusals import refuse_quantised
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.encode import Collate, observations

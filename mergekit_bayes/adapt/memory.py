@@ -21,7 +21,7 @@ from mergekit_bayes.adapt.rows import read_examples
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
-from mergekit_bayes.finetune.checkpoints import digest
+from mergekit_bayes.finetune.identity import digest
 from mergekit_bayes.generation import write_texts
 from mergekit_bayes.models.devices import choose_device
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations

@@ -21,7 +21,7 @@ from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
-from mergekit_bayes.finetune.checkpoints import digest
+from mergekit_bayes.finetune.identity import digest
 from mergekit_bayes.libraries import call
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.posterior import (

@@ -9,8 +9,8 @@ from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
 from mergekit_bayes.documents import DocumentError, read_text
 from mergekit_bayes.errors import ConfigError, MismatchError
-from mergekit_bayes.finetune.checkpoints import digest, identity_of
 from mergekit_bayes.finetune.choices import Choices, choose
+from mergekit_bayes.finetune.identity import identity_of
 from mergekit_bayes.finetune.refusals import refuse_after
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
 from mergekit_bayes.libraries import reason
@@ -99,9 +99,7 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
         choices = choose(config, loaded, rows.examples, processes)
     warn_of_rounding(config, loaded)
     warn_of_warmup(config, choices)
-    identity = identity_of(config, choices.record(), base, rows.examples)
-    if rows.held_out:
-        identity["eval_data"] = digest(rows.held_out)
+    identity = identity_of(config, choices.record(), base, rows.examples, rows.held_out)
     return Run(config, loaded, *rows, choices, base, identity)
 
 

@@ -24,8 +24,8 @@ from mergekit_bayes.finetune.checkpoints import (
     make_checkpoint_folder,
     open_checkpoints,
     refuse_broken,
-    refuse_other_settings,
 )
+from mergekit_bayes.finetune.identity import refuse_other_settings
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.libraries import call
 from mergekit_bayes.models.sharding import is_sharded
