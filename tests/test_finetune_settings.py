@@ -48,7 +48,9 @@ def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, 
     (line,) = [
         line for line in capfd.readouterr().err.splitlines() if line.startswith("80 steps of ")
     ]
-    assert f", ess {info.training['ess']:.3g}, beta2 0.5, curvature ggn every 8 steps" in line
+    training = info.training
+    chosen = f", ess {training['ess']:.3g}, beta2 0.5, damping {training['damping']:.3g}, curvature"
+    assert f"{chosen} ggn every 8 steps" in line
     run_finetune(
         config(tmp_path, data, max_steps=2, optimizer="adamw", posterior="none", force=True)
     )
@@ -62,7 +64,7 @@ ALWAYS = (
 )
 WITH_IVON = (
     *("ess", "hess_init", "beta1", "beta2", "clip_radius", "rescale_lr", "mc_samples"),
-    *("antithetic", "rank_noise", "curvature", "curvature_every"),
+    *("antithetic", "rank_noise", "curvature", "curvature_every", "damping"),
 )
 
 
@@ -92,15 +94,10 @@ def test_a_length_above_the_models_context_is_said(tmp_path, data, caplog):
 
 def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path, data, caplog):
     run_finetune(
-        config(tmp_path, data, logging_steps=1, max_steps=4, ess=1e3, posterior="none"), quiet=True
+        config(tmp_path, data, logging_steps=1, max_steps=4, ess=1e3, damping=0, posterior="none"),
+        quiet=True,
     )
-    assert (
-        sum(
-            "as large as the weights; raise ess or weight_decay" in r.message
-            for r in caplog.records
-        )
-        == 1
-    )
+    assert sum("as large as the weights; raise damping" in r.message for r in caplog.records) == 1
     caplog.clear()
     settings = config(
         tmp_path,

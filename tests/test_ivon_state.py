@@ -105,6 +105,7 @@ OF_IVON = [
     "adapt_prior",
     "clip_radius",
     "curvature_every",
+    "damping",
     "debias",
     "ggn",
     "mc_samples",

@@ -311,6 +311,7 @@ def record() -> dict[str, Any]:
         "terms": [{"label": "x", "mean": mean, "scale": 1.0, "gain": 2.0}],
         "merge": {"common_count": 100.0, "anchor": "h0", "uneven": False},
         "pool": "row",
+        "predictive": {"prior": 5.0, "temperature": 0.5},
         "edits": [
             {
                 "rows": [{"kind": "remove", "label": "r", "observations": 9, "sha256": "a"}],

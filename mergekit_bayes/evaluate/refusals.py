@@ -45,7 +45,7 @@ def refuse_settings(config: EvaluateConfig) -> None:
             "(--classify). Toxicity is measured at the mean."
         )
     about_samples = (config.prior, config.posterior_temperature, config.precision)
-    if config.samples is None and about_samples != (None, 1.0, None):
+    if config.samples is None and about_samples != (None, None, None):
         raise ConfigError(
             "--prior, --posterior-temperature and --precision are about --samples, which is not "
             "given."

@@ -41,10 +41,16 @@ class Measures(Config):
         "weights. Toxicity is measured at the mean only, that of a mixture's plain model.",
     )
     prior: float | None = Field(
-        None, gt=0, description="Prior precision instead of the stored one, 1/weight^2 per entry."
+        None,
+        gt=0,
+        description="Prior precision instead of the stored one, 1/weight^2 per entry; by default "
+        "the one that a fine-tune has recorded for drawing.",
     )
-    posterior_temperature: float = Field(
-        1.0, gt=0, description="Factor on the posterior's variance."
+    posterior_temperature: float | None = Field(
+        None,
+        gt=0,
+        description="Factor on the posterior's variance; by default the one that a fine-tune has "
+        "recorded for its own prior, else 1.",
     )
     precision: str | None = Field(
         None, description="Where the model's precision is, if not in its folder."

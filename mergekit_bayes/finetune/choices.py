@@ -95,7 +95,8 @@ class Choices:
             return line
         line += f", clip_radius {ivon.clip_radius:g}, ess {ivon.ess:.3g}, beta2 {ivon.beta2:.6g}"
         if ivon.curvature == "ggn":
-            return f"{line}, curvature ggn every {ivon.curvature_every} steps"
+            damping = f", damping {ivon.damping:.3g}" if ivon.damping else ""
+            return f"{line}{damping}, curvature ggn every {ivon.curvature_every} steps"
         samples = f", {ivon.mc_samples} samples" if ivon.mc_samples > 1 else ""
         return f"{line}, curvature price, hess_init {ivon.hess_init:g}{samples}"
 
@@ -116,10 +117,11 @@ def choose(
     steps = config.max_steps or math.ceil(per_epoch * config.epochs)
     examples_per_step = config.batch_size * config.gradient_accumulation * processes
     total = observations(examples, loaded.task)
+    rate = learning_rate(config, steps, loaded.task)
     return Choices(
         optimizer=config.optimizer,
-        learning_rate=learning_rate(config),
-        lr=optimizer_rate(config),
+        learning_rate=rate,
+        lr=optimizer_rate(config, rate),
         weight_decay=config.weight_decay,
         scheduler=config.scheduler,
         steps=steps,

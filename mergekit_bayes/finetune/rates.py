@@ -11,17 +11,38 @@ from typing import Any, TypeGuard
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.optim.rates import bound_from_rate, checked_rate, rate_from_bound
 
+_SHORT = 100  # steps up to which a classifier's bound is that of other models
 
-def learning_rate(config: FinetuneConfig) -> float:
-    """The learning rate at the start: the setting, or the default for whole weights or adapters."""
+
+def learning_rate(config: FinetuneConfig, steps: int = 0, task: str = "causal-lm") -> float:
+    """The learning rate at the start: the setting, or the default for whole weights or adapters.
+
+    Most weights move by all of IVON's bound in each step, so that a classifier with all weights
+    would go the further from its base, and the deeper into its training rows, the longer it is
+    trained. Its bound is 1e-4 for up to 100 steps, and falls as 0.01 / steps down to 1e-5.
+
+    Args:
+        config: Settings of the run.
+        steps: Optimizer steps of the whole run.
+        task: What is trained.
+    """
     if config.learning_rate is not None:
         return config.learning_rate
-    return 1e-4 if config.lora is None else 1e-3
+    if config.lora is not None:
+        return 1e-3
+    if config.optimizer != "ivon" or task != "classification" or steps <= _SHORT:
+        return 1e-4
+    return max(1e-5, 1e-4 * _SHORT / steps)
 
 
-def optimizer_rate(config: FinetuneConfig) -> float:
-    """The `lr` of the optimizer at the start, which IVON takes in the published unit."""
-    rate = learning_rate(config)
+def optimizer_rate(config: FinetuneConfig, rate: float | None = None) -> float:
+    """The `lr` of the optimizer at the start, which IVON takes in the published unit.
+
+    Args:
+        config: Settings of the run.
+        rate: The learning rate; by default that of the settings.
+    """
+    rate = learning_rate(config) if rate is None else rate
     if config.optimizer != "ivon":
         return rate
     return rate_from_bound(rate, config.clip_radius, _scale(config))

@@ -154,6 +154,10 @@ def _refuse_settings(config: FinetuneConfig) -> None:
             "curvature: ggn needs weight_decay > 0, at least 1e-20, or entries without curvature "
             "have no precision. Give one (1e-6), or curvature: price."
         )
+    if config.damping and (config.optimizer, config.curvature) != ("ivon", "ggn"):
+        raise ConfigError(
+            f"damping: {config.damping:g} is of optimizer: ivon with curvature: ggn. Leave it out."
+        )
     if config.resume and config.save_steps is None:
         raise ConfigError(
             "resume: checkpoints are kept only with save_steps; give the save_steps of the first "

@@ -26,9 +26,17 @@ from mergekit_bayes.libraries import call
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.optim import IVON
-from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
+from mergekit_bayes.posterior import (
+    Anchor,
+    PosteriorInfo,
+    Predictive,
+    Prior,
+    identify,
+    save_posterior,
+)
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.posterior.save import Later
+from mergekit_bayes.trainer.choices import predictive
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +196,7 @@ def _save_posterior(
         sampled=health.get("flush_examples"),
         prior=prior,
         anchor=anchor,
+        predictive=_predictive(run, precision.ess),
         health=health,
         unit=run.unit,
         observations=run.observations,
@@ -229,17 +238,25 @@ def _health(
     return health
 
 
+def _predictive(run: Run, count: float) -> Predictive | None:
+    """How weights are drawn for predictions; None after AdamW, whose weights were never drawn."""
+    ivon, decay = run.choices.ivon, run.config.weight_decay
+    if ivon is None:
+        return None
+    return predictive(count, ess=ivon.ess, damping=ivon.damping, weight_decay=decay)
+
+
 def _prior_and_anchor(run: Run, ess: float) -> tuple[Prior, Anchor]:
     """What the precision contains besides its data, and what training pulled towards.
 
-    The decoupled weight decay of AdamW pulls towards zero but is no Gaussian prior.
+    The Hessian of IVON contains its damping, a flush does not. The decoupled weight decay of AdamW
+    pulls towards zero but is no Gaussian prior.
     """
-    decay = run.config.weight_decay
-    if not decay:
-        return Prior(), Anchor()
-    if run.choices.ivon is None:
-        return Prior(), Anchor(kind="zero", precision=None)
+    decay, ivon = run.config.weight_decay, run.choices.ivon
+    if ivon is None:
+        return Prior(), Anchor(kind="zero", precision=None) if decay else Anchor()
+    inside = decay + (ivon.damping if run.config.posterior == "ivon" else 0.0)
     return (
-        Prior(kind="isotropic", precision=ess * decay),
-        Anchor(kind="zero", precision=ess * decay),
+        Prior(kind="isotropic", precision=ess * inside) if inside else Prior(),
+        Anchor(kind="zero", precision=ess * decay) if decay else Anchor(),
     )

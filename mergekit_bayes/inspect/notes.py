@@ -9,7 +9,7 @@ from mergekit_bayes.posterior import Posterior, PosteriorInfo, open_posterior
 from mergekit_bayes.posterior.information import doubts
 from mergekit_bayes.posterior.mixture import Mixture, read_mixture
 
-_WIDE = 0.1  # IVON's noise should stay below this share of the weights' RMS
+_WIDE = 0.2  # IVON's noise should stay below this share of the weights' RMS
 _ROUNDING = 0.02  # of precisions in BF16, twice
 _HEALTH = (  # number in IVON's health report, its bound, what it means above the bound
     ("init_fraction", 0.5, "more than half of IVON's curvature is still its initial value"),
@@ -141,5 +141,5 @@ def _ivon_notes(layers: Sequence[LayerReport], info: PosteriorInfo) -> Iterator[
     )
     if wide:
         yield (
-            f"IVON's noise was above a tenth of the weights' RMS in {wide}; raise ess or hess_init"
+            f"IVON's noise was above a fifth of the weights' RMS in {wide}; raise ess or damping"
         )

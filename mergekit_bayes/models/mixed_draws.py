@@ -92,7 +92,7 @@ class MixtureDraws:
         samples: int,
         *,
         prior: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         seed: int = 0,
     ) -> None:
         if samples < 1:

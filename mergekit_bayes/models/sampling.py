@@ -3,9 +3,11 @@
     theta_k = mean + eps_k sqrt(T / S),   eps_k ~ N(0, 1)
 
 S is the stored precision at its own scale, that of the loss summed over `ess` observations, and T
-multiplies the variance. Each draw streams the precision from its file, tensor by tensor, and one
-copy of the mean is kept, so that memory does not grow with the number of draws. Parameters without
-a precision (frozen ones) stay at the mean.
+multiplies the variance. The record of a fine-tune names a prior and a temperature by which the
+draws have the noise of its training (`Predictive`); they are taken where the user names none. Each
+draw streams the precision from its file, tensor by tensor, and one copy of the mean is kept, so
+that memory does not grow with the number of draws. Parameters without a precision (frozen ones)
+stay at the mean.
 
 A bare curvature is not a posterior: its variance is infinite where the data say nothing. Without a
 proper prior in S there is nothing to draw from, and the user must name one.
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-WIDE = 0.1  # draws further from the mean than this share of a matrix's RMS rarely predict well
+WIDE = 0.3  # draws further from the mean than this share of a matrix's RMS rarely predict well
 _PROPER = 10 * DELTA_0  # the constant that a merge adds against 0/0 is not a prior
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -93,6 +95,8 @@ def sampling_obstacle(info: PosteriorInfo | None) -> str | None:
             "it averages merges whose priors differ, so what prior its precision contains is not "
             "known"
         )
+    if info.predictive is not None:
+        return None
     if info.prior.kind == "none" or info.prior.precision <= _PROPER:
         return "its precision is a bare curvature without a proper prior"
     return None
@@ -161,8 +165,10 @@ class PosteriorDraws:
         model: A loaded model, or any torch module whose parameters have the posterior's names.
         posterior: From `open_samplable`; the caller keeps it open and closes it.
         samples: Number of draws.
-        prior: Prior precision in place of the one inside S, 1/weight^2.
-        temperature: Factor on the variance of the posterior.
+        prior: Prior precision in place of the one inside S, 1/weight^2; None for what the record
+            says.
+        temperature: Factor on the variance of the posterior; None for what the record says, which
+            belongs to the record's prior, or 1.
         seed: Seed of the noise.
 
     Attributes:
@@ -181,9 +187,11 @@ class PosteriorDraws:
         samples: int,
         *,
         prior: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         seed: int = 0,
     ) -> None:
+        given = prior is not None
+        prior, temperature = _width(posterior.info, prior, temperature)
         proper = prior is None or _PROPER < prior < np.inf
         for name, value, is_good, expected in (
             ("samples", samples, samples >= 1, "1 or more"),
@@ -196,7 +204,7 @@ class PosteriorDraws:
         self._samples = samples
         self._temperature = temperature
         self._seed = seed
-        self._prior = prior
+        self._prior, self._given = prior, given
         self._stored_prior = _stored_prior(posterior.info)
         self._places = find_places(model, posterior)
         self._means: list[tuple[Tensor, Tensor]] | None = None  # parameter, copy of its mean
@@ -287,7 +295,7 @@ class PosteriorDraws:
             seed=self._seed,
             temperature=self._temperature,
             prior=self._stored_prior if self._prior is None else self._prior,
-            given=self._prior is not None,
+            given=self._given,
             estimator=info.estimator if info else None,
             ess=info.ess if info else None,
             observations=info.observations if info else None,
@@ -296,6 +304,16 @@ class PosteriorDraws:
             sigma_over_rms=float(np.median(ratios)) if ratios else 0.0,
             largest_sigma=largest,
         )
+
+
+def _width(
+    info: PosteriorInfo | None, prior: float | None, temperature: float | None
+) -> tuple[float | None, float]:
+    """Prior and temperature to draw with: those given, else those of the record."""
+    recorded = info.predictive if info is not None else None
+    if recorded is not None and prior is None:
+        return recorded.prior, recorded.temperature if temperature is None else temperature
+    return prior, 1.0 if temperature is None else temperature
 
 
 def _stored_prior(info: PosteriorInfo | None) -> float:

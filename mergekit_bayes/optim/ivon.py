@@ -25,7 +25,7 @@ from mergekit_bayes.optim.ranges import check_settings
 from mergekit_bayes.optim.rank_noise import check_replicas, mean_over_ranks, sampled_on_any_rank
 from mergekit_bayes.optim.samples import Sampled, add_gradient, add_noise_gradient
 from mergekit_bayes.optim.shards import sum_over_shards, take_gradient
-from mergekit_bayes.optim.squares import add_squares, mean_squares
+from mergekit_bayes.optim.squares import add_squares, damped, mean_squares
 from mergekit_bayes.optim.state import Group, ParameterState
 from mergekit_bayes.optim.steps import adapt_prior, ggn_step, price_step
 from mergekit_bayes.optim.steps_together import Pending, step_together
@@ -97,6 +97,8 @@ class IVON(PosteriorOptimizer):
             the first step is made at the mean. An entry that no output depends on has the noise
             of the prior, so `weight_decay` bounds it.
         curvature_every: Steps from one estimate to the next, with `curvature="ggn"`.
+        damping: With `curvature="ggn"`, what is added to every estimate of h. It bounds the noise
+            of all entries by `1 / sqrt(ess damping)`, and is no prior: it pulls nothing.
         rank_noise: Each rank draws noise of its own for its part of the batch, so that R ranks
             are R samples at the cost of one. The gradients must come unreduced (DDP's `no_sync`
             around every backward, which the Trainer mixin opens): gradient and noise * gradient
@@ -138,6 +140,7 @@ class IVON(PosteriorOptimizer):
         adapt_prior: bool = False,
         curvature: str = "price",
         curvature_every: int = 8,
+        damping: float = 0.0,
         rank_noise: bool = False,
     ) -> None:
         rules = (
@@ -150,17 +153,18 @@ class IVON(PosteriorOptimizer):
             ("clip_radius", clip_radius, clip_radius > 0),
             ("mc_samples", mc_samples, mc_samples >= 1 and not (antithetic and mc_samples % 2)),
             ("curvature_every", curvature_every, curvature_every >= 1),
+            ("damping", damping, damping == 0 or (damping > 0 and curvature == "ggn")),
         )
         check_settings("IVON", rules)
         if curvature not in ("price", "ggn"):
             raise ValueError(f"IVON: curvature={curvature!r} is neither 'price' nor 'ggn'")
         if curvature == "ggn":
-            if not weight_decay and prior is None:
+            if not weight_decay and not damping and prior is None:
                 raise ValueError(
-                    "IVON: curvature='ggn' needs weight_decay > 0: where it is zero, so is the "
-                    "precision"
+                    "IVON: curvature='ggn' needs weight_decay or damping > 0: where both are zero, "
+                    "so is the precision"
                 )
-            hess_init, rescale_lr = 0.0, False
+            hess_init, rescale_lr = damping, False
         defaults = {
             "lr": lr,
             "ess": ess,
@@ -175,6 +179,7 @@ class IVON(PosteriorOptimizer):
             "seed": seed,
             "adapt_prior": adapt_prior,
             "curvature_every": curvature_every,
+            "damping": damping,
             "ggn": curvature == "ggn",  # torch's checkpoints hold no strings here
         }
         super().__init__(params, defaults, prior=prior, restore=restore)
@@ -271,7 +276,7 @@ class IVON(PosteriorOptimizer):
         self._check_curvature()
         if self._ranks_draw:
             self._find_sampled_on_any_rank()
-        squares = mean_squares(*self._transient.take_squares())
+        squares = damped(mean_squares(*self._transient.take_squares()), self.param_groups)
         noise_sums: list[tuple[Tensor, Group, Tensor, int]] = []
         small: list[Pending] = []
         for parameter, group, state, sampled in self._each_sampled(small):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mergekit_bayes.optim.shards import local
+from mergekit_bayes.optim.state import Group
 
 
 def add_squares(
@@ -62,6 +63,21 @@ def mean_squares(squares: dict[Tensor, Tensor], observations: int) -> dict[Tenso
         return {}
     for square in squares.values():
         square.div_(observations)
+    return squares
+
+
+def damped(squares: dict[Tensor, Tensor], groups: Sequence[Group]) -> dict[Tensor, Tensor]:
+    """Add each group's damping to the estimates of its parameters, in place.
+
+    Args:
+        squares: Estimates by parameter.
+        groups: The parameter groups of the optimizer.
+    """
+    for group in groups:
+        if group["damping"]:
+            for parameter in group["params"]:
+                if parameter in squares:
+                    squares[parameter].add_(group["damping"])
     return squares
 
 

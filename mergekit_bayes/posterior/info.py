@@ -60,6 +60,23 @@ class Anchor(Frozen):
     precision: float | None = 0.0
 
 
+class Predictive(Frozen):
+    """How weights are drawn around the mean for predictions, where that is not from S as it is.
+
+        theta = mean + eps sqrt( temperature / (S - S_prior + prior) ),   S_prior that of `Prior`
+
+    A fine-tune stores the curvature per observation of its data, and was trained under the noise of
+    a colder posterior with a floor under the curvature. This is that noise.
+
+    Attributes:
+        prior: What every entry has in place of the prior inside S, 1/weight^2.
+        temperature: Factor on the variance.
+    """
+
+    prior: float
+    temperature: float
+
+
 class Term(Frozen):
     """One posterior inside a merge.
 
@@ -125,6 +142,8 @@ class PosteriorInfo(Frozen):
         aliases: Tied names: the alias to the name under which the tensor is stored.
         terms: The posteriors of a merge.
         merge: How a merge counted them.
+        predictive: How weights are drawn; None for S as it is, where it has a prior. A record
+            without it has no such key.
         edits: The adaptations inside, the oldest first. A record without any has no such key.
         pool: The form to which an estimate was pooled, when it was made or stored again; a record
             has no such key where it was not. That of a merge was chosen by it and is in `merge`.
@@ -147,6 +166,7 @@ class PosteriorInfo(Frozen):
     aliases: dict[str, str] = {}
     terms: tuple[Term, ...] = ()
     merge: MergeTrace | None = None
+    predictive: Predictive | None = _WITHOUT_KEY
     edits: Annotated[tuple[Edit, ...], Field(exclude_if=lambda edits: not edits)] = ()
     pool: Pool | None = _WITHOUT_KEY
 
@@ -254,6 +274,11 @@ def _check_numbers(info: PosteriorInfo) -> None:
         "anchor.precision": info.anchor.precision,
         "merge.common_count": merge.common_count if merge is not None else None,
     }
+    if info.predictive is not None:
+        for name, number in info.predictive:
+            numbers[f"predictive.{name}"] = number
+            if not number > 0:
+                raise DocumentError(f"predictive.{name} is {number}, not above zero")
     for i, term in enumerate(info.terms):
         numbers |= {f"terms.{i}.scale": term.scale, f"terms.{i}.gain": term.gain}
     for i, edit in enumerate(info.edits):

@@ -16,10 +16,14 @@ from mergekit_bayes.errors import ConfigError, did_you_mean
 from mergekit_bayes.lora import initial_identity
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.optim.rates import checked_rate
+from mergekit_bayes.posterior import Predictive
 
 WEIGHT_DECAY = 1e-6  # prior precision over ess
-# Standard deviation at the start, as a share of the typical weight, where `ess` is left out.
-_START_NOISE = 0.05
+# Standard deviations as shares of the typical weight: at the start, where `ess` is left out, and
+# the largest one where `damping` is.
+_START_NOISE, _NOISE = 0.05, 0.15
+_LEAST_ESS = 1e6
+_WIDENING = 3.0  # of the variance of draws for prediction, over that of the training
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class IvonChoices:
     rank_noise: bool
     curvature: Literal["price", "ggn"]
     curvature_every: int
+    damping: float
 
 
 def ivon_settings(
@@ -96,12 +101,15 @@ def choose_ivon(
     rank_noise: bool = False,
     curvature: Literal["price", "ggn"] = "ggn",
     curvature_every: int = 8,
+    damping: float | None = None,
 ) -> IvonChoices:
     """Fill in what the settings leave open.
 
-        ess    the observations, or more until the noise of an entry without curvature (`ggn`) or
-               at the start (`price`) is 5 % of the median weight matrix' RMS
-        beta2  the Hessian remembers a fifth of the run
+        ess      the observations, at least 1e6 (`ggn`); under `price`, or with a `damping` of
+                 one's own, or more until the noise of an entry at the start, or without curvature,
+                 is 5 % of the median weight matrix' RMS
+        damping  1 / (ess (0.15 RMS)^2), so that no weight's noise exceeds 15 % of that RMS (`ggn`)
+        beta2    the Hessian remembers a fifth of the run
 
     Args:
         model: The model that is trained, with its adapter if there is one.
@@ -119,14 +127,23 @@ def choose_ivon(
         rank_noise: As in `IVON`.
         curvature: As in `IVON`.
         curvature_every: As in `IVON`.
+        damping: What is added to the Hessian under `ggn`; None to choose it.
     """
     ggn = curvature == "ggn"
-    # The least curvature that an entry can start from. Under `ggn` an entry that no output depends
-    # on keeps it.
-    floor = weight_decay if ggn else hess_init
+    typical = _typical_size(model)
+    if ggn and damping is None and typical:
+        ess = ess or max(float(observations), _LEAST_ESS)
+        damping = 1 / (ess * (_NOISE * typical) ** 2)
+    damping = damping or 0.0
+    if ess is None:
+        # The least curvature that an entry can start from. Under `ggn` an entry that no output
+        # depends on keeps it.
+        floor = weight_decay + damping if ggn else hess_init
+        quiet = 1 / (floor * (_START_NOISE * typical) ** 2) if typical else 0.0
+        ess = max(float(observations), quiet)
     forgetting = 5 * (curvature_every if ggn else 1) / steps
     return IvonChoices(
-        ess=ess or max(float(observations), _quiet_ess(model, floor)),
+        ess=ess,
         hess_init=hess_init,
         beta1=beta1,
         beta2=min(0.99999, max(0.5 if ggn else 0.9, 1 - forgetting)) if beta2 is None else beta2,
@@ -137,7 +154,32 @@ def choose_ivon(
         rank_noise=rank_noise,
         curvature=curvature,
         curvature_every=curvature_every,
+        damping=damping,
     )
+
+
+def predictive(
+    count: float, *, ess: float, damping: float, weight_decay: float
+) -> Predictive | None:
+    """How weights are drawn around the mean of a training under noise.
+
+        sigma^2 = 3 / (ess (h + damping + weight_decay))
+
+    The draws have three times the variance of those of the training: averages over them are
+    better than over the training's own (`docs/experiments.md`, on calibration).
+
+    Args:
+        count: The observations by which the stored precision is scaled, `count (h + prior)`.
+        ess: That of the training.
+        damping: That of the training.
+        weight_decay: That of the training.
+
+    Returns:
+        None without damping, where nothing bounds the noise of entries without curvature.
+    """
+    if not damping:
+        return None
+    return Predictive(prior=count * (damping + weight_decay), temperature=_WIDENING * count / ess)
 
 
 def initial_a(model: torch.nn.Module) -> str:
@@ -150,18 +192,15 @@ def initial_a(model: torch.nn.Module) -> str:
     return initial_identity(factors)
 
 
-def _quiet_ess(model: torch.nn.Module, curvature: float) -> float:
-    """The ess at which the first noise is `_START_NOISE` of the median matrix's RMS."""
+def _typical_size(model: torch.nn.Module) -> float:
+    """The RMS of the median weight matrix that is trained and not zero; 0 where there is none."""
     sizes = [
         float(p.detach().float().square().mean().sqrt())
         for p in model.parameters()
         if p.requires_grad and p.ndim > 1
     ]
     nonzero = sorted(size for size in sizes if size > 0)
-    if not nonzero:
-        return 0.0
-    median = nonzero[len(nonzero) // 2]
-    return float(1 / (curvature * (_START_NOISE * median) ** 2))
+    return nonzero[len(nonzero) // 2] if nonzero else 0.0
 
 
 def _refuse_unknown(given: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from mergekit_bayes.optim.rates import step_bound
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS, base_identity
 from mergekit_bayes.ranks import on_main
+from mergekit_bayes.trainer.choices import predictive
 
 Unit = Literal["token", "example"]
 _WEIGHTS = "model.safetensors"
@@ -158,17 +159,20 @@ def store(
     group = optimizer.param_groups[0]
     is_ggn = group.get("ggn", False)
     estimator = "ggn" if is_ggn else type(optimizer).__name__.lower()
-    prior = float(group["ess"] * group["weight_decay"])
+    ess, decay = float(group["ess"]), float(group["weight_decay"])
+    damping = float(group.get("damping", 0.0)) if is_ggn else 0.0
+    prior = ess * (decay + damping)  # h contains the damping
     with SafetensorsSource(checkpoint_files(folder)) as source:
         mean = identify(source)
     is_known = hasattr(model, "config")  # else nothing says which loss it is
     info = PosteriorInfo(
         estimator=estimator,
-        ess=float(group["ess"]),
+        ess=ess,
         unit=unit,
         observations=observations,
         prior=Prior(kind="isotropic", precision=prior) if prior else Prior(),
-        anchor=Anchor(kind="zero", precision=prior) if prior else Anchor(),
+        anchor=Anchor(kind="zero", precision=ess * decay) if decay else Anchor(),
+        predictive=predictive(ess, ess=ess, damping=damping, weight_decay=decay),
         mean=mean,
         base=None if base is None else base_identity(Path(base)),
         tokenizer=tokenizer_identity(folder),
