@@ -106,8 +106,7 @@ def look(world: World, job: Job) -> None:
 def drawn(world: World, job: Job, loaded: Any, model: Path) -> dict[str, Any]:
     """Predictions under draws from the stored posterior, (draws, rows, classes)."""
     size, found = world.size, {}
-    has_many = (job.seed, job.cell, job.method) == (size.seeds[0], size.cells[1], "ivon")
-    many = size.many if has_many else size.few
+    many = size.many if job.method == "ivon" else size.few
     # Published settings have no prior, so that the least one is given; it changes nothing.
     prior = 1.0 if job.method == "ivon, published" else None
     with posterior_draws(loaded, model, many, prior=prior) as draws:

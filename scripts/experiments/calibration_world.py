@@ -86,7 +86,7 @@ class Size:
         cells: What every set is trained on; the second one also by the rarer methods.
         rows: Of each part that is predicted, at most.
         few: Draws of the weights.
-        many: Draws on the test rows of the first seed, after the second cell.
+        many: Draws on the test rows after training by the defaults.
         grid: Standard deviations among which the validation rows choose.
         examples: Rows of a Laplace posterior.
     """
