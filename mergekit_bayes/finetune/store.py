@@ -249,14 +249,14 @@ def _predictive(run: Run, count: float) -> Predictive | None:
 def _prior_and_anchor(run: Run, ess: float) -> tuple[Prior, Anchor]:
     """What the precision contains besides its data, and what training pulled towards.
 
-    The Hessian of IVON contains its damping, a flush does not. The decoupled weight decay of AdamW
-    pulls towards zero but is no Gaussian prior.
+    The decoupled weight decay of AdamW pulls towards zero but is no Gaussian prior.
     """
-    decay, ivon = run.config.weight_decay, run.choices.ivon
-    if ivon is None:
-        return Prior(), Anchor(kind="zero", precision=None) if decay else Anchor()
-    inside = decay + (ivon.damping if run.config.posterior == "ivon" else 0.0)
+    decay = run.config.weight_decay
+    if not decay:
+        return Prior(), Anchor()
+    if run.choices.ivon is None:
+        return Prior(), Anchor(kind="zero", precision=None)
     return (
-        Prior(kind="isotropic", precision=ess * inside) if inside else Prior(),
-        Anchor(kind="zero", precision=ess * decay) if decay else Anchor(),
+        Prior(kind="isotropic", precision=ess * decay),
+        Anchor(kind="zero", precision=ess * decay),
     )

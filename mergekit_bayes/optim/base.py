@@ -29,7 +29,7 @@ from mergekit_bayes.optim.prior import Priors, PriorTerm, check_prior, prior_ter
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local, shard_index
 from mergekit_bayes.optim.slicing import Items
-from mergekit_bayes.optim.state import COUNTERS, Group, ParameterState, check_shapes
+from mergekit_bayes.optim.state import COUNTERS, Group, ParameterState, check_shapes, undamped
 from mergekit_bayes.optim.steps_together import Pending
 from mergekit_bayes.optim.together import Gathered, Member, Together, goes_together
 from mergekit_bayes.optim.transient import Transient
@@ -342,7 +342,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     def precision(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Return the posterior precision `ess h + S_p` of every trained parameter, by name.
 
-        S_p is the prior's precision, `ess * weight_decay` where no other was given. The tensors
+        S_p is the prior's precision, `ess * weight_decay` where no other was given, and h is
+        without IVON's damping, which no data have said. The tensors
         are float32, in 1/weight^2. Of sharded parameters they are shards, which `full_tensors`
         gathers.
 
@@ -356,7 +357,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 weight_decay = groups[p]["weight_decay"]
                 given = self._prior.get(p, (None, weight_decay))[1]
                 decay = self.state[p].get("weight_decay", given)
-                precisions[name] = (self.state[p]["hess"] + decay) * groups[p]["ess"]
+                hess = undamped(self.state[p]["hess"], groups[p])
+                precisions[name] = (hess + decay) * groups[p]["ess"]
         return precisions
 
     @torch.no_grad()

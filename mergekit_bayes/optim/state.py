@@ -66,6 +66,19 @@ def check_shapes(groups: Sequence[Group], saved: StateDict, optimizer: str) -> N
                 )
 
 
+def undamped(hess: Tensor, group: Group) -> Tensor:
+    """Return h without the damping that IVON adds to every estimate of the GGN; not negative.
+
+    Args:
+        hess: The state of a parameter.
+        group: Its group. The damping of bSAM is another, a part of its h.
+    """
+    if not group.get("ggn") or not group["damping"]:
+        return hess
+    damping: float = group["damping"]
+    return hess.sub(damping).clamp_min_(0)
+
+
 def mean_of(parameter: Tensor, state: ParameterState) -> Tensor:
     """Return this rank's shard of the mean, where it is kept between two contexts.
 

@@ -161,7 +161,7 @@ def store(
     estimator = "ggn" if is_ggn else type(optimizer).__name__.lower()
     ess, decay = float(group["ess"]), float(group["weight_decay"])
     damping = float(group.get("damping", 0.0)) if is_ggn else 0.0
-    prior = ess * (decay + damping)  # h contains the damping
+    prior = ess * decay
     with SafetensorsSource(checkpoint_files(folder)) as source:
         mean = identify(source)
     is_known = hasattr(model, "config")  # else nothing says which loss it is
@@ -171,7 +171,7 @@ def store(
         unit=unit,
         observations=observations,
         prior=Prior(kind="isotropic", precision=prior) if prior else Prior(),
-        anchor=Anchor(kind="zero", precision=ess * decay) if decay else Anchor(),
+        anchor=Anchor(kind="zero", precision=prior) if prior else Anchor(),
         predictive=predictive(ess, ess=ess, damping=damping, weight_decay=decay),
         mean=mean,
         base=None if base is None else base_identity(Path(base)),
