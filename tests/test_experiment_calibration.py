@@ -60,12 +60,13 @@ def test_draws_are_averaged_as_probabilities(report):
 
 def test_the_means_are_over_the_cells_that_have_all_rows(report):
     row = dict.fromkeys(report.SCORES, 0.5) | {"seconds": 1.0}
-    names = ("adamw", "adamw, temperature", "ivon, at the mean", "ivon, 8 draws")
+    at_mean = ("ivon, at the mean", "ivon, at the mean, temperature")
+    names = ("adamw", "adamw, temperature", *at_mean, "ivon, 8 draws", "ivon, 32 draws")
     whole = {name: [row | {"nll": 0.2}, row | {"nll": 0.4}] for name in names}
-    other = {name: [row | {"nll": 0.9}] for name in (*names, "ivon, 32 draws")}
+    other = {name: [row | {"nll": 0.9}] for name in names}
     text = report._means({("a", "1"): whole, ("b", "1"): other, ("c", "1"): {"adamw": [row]}})
     assert "means over 2 cells" in text
-    assert text.count("| 0.600 |") == 4  # the mean of 0.3 and 0.9
+    assert text.count("| 0.600 |") == 6  # the mean of 0.3 and 0.9
     assert report._means({("c", "1"): {"adamw": [row]}}) == ""
 
 

@@ -1,6 +1,7 @@
 """After a fine-tune with IVON weights are drawn with the noise of its training, without a flag."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,21 @@ from mergekit_bayes.errors import ConfigError, PrecisionError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.evaluate.run import run_evaluate
 from mergekit_bayes.finetune import run_finetune
+from mergekit_bayes.finetune.checkpoints import Checkpoint
+from mergekit_bayes.finetune.data import load_run
+from mergekit_bayes.finetune.identity import refuse_other_settings
 from mergekit_bayes.finetune.rates import learning_rate
+from mergekit_bayes.finetune.training import make_trainer, training_arguments
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.places import checkpoint_names
-from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable
+from mergekit_bayes.models.sampling import (
+    PosteriorDraws,
+    open_samplable,
+    prior_obstacle,
+    sampling_obstacle,
+)
 from mergekit_bayes.optim import IVON
-from mergekit_bayes.posterior import Predictive, open_posterior
+from mergekit_bayes.posterior import Identity, PosteriorInfo, Predictive, open_posterior
 from mergekit_bayes.posterior.info import parse_info
 from mergekit_bayes.trainer import save_trained
 from mergekit_bayes.trainer.choices import choose_ivon, predictive
@@ -61,14 +71,17 @@ def test_a_default_fine_tune_is_drawn_at_three_times_the_variance_of_its_trainin
         assert wide.report.largest_sigma > 10 * draws.report.largest_sigma
 
 
-def test_the_screen_gives_no_advice_about_a_default_fine_tune(tmp_path, data):
-    run_finetune(config(tmp_path, data, model=tiny_bert(tmp_path / "b"), max_steps=4), quiet=True)
+@pytest.mark.parametrize("posterior", ["flush", "ivon"])
+def test_the_screen_gives_no_advice_about_a_default_fine_tune(tmp_path, data, posterior):
+    bert = tiny_bert(tmp_path / "b")
+    run_finetune(config(tmp_path, data, model=bert, max_steps=4, posterior=posterior), quiet=True)
     result = CliRunner().invoke(
         app, ["evaluate", str(tmp_path / "out"), "--classify", data, "--samples", "2"]
     )
     assert result.exit_code == 0, result.output
     assert "2 samples of" in result.output
     assert "--prior" not in result.output
+    assert "--posterior-temperature" not in result.output
 
 
 def test_flags_take_the_place_of_the_record(tmp_path, data):
@@ -208,3 +221,71 @@ def test_names_of_an_adapter_and_a_model_are_those_of_the_file(tmp_path, data):
         assert set(checkpoint_names(loaded.model, dict(loaded.model.named_parameters()))) >= set(
             opened.precision.specs
         )
+
+
+def test_an_optimizers_checkpoint_of_an_earlier_version_has_no_damping():
+    """Its h has none in it, so that none may be taken off again."""
+
+    def made(damping):
+        torch.manual_seed(0)
+        w = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+        return w, IVON(
+            [w], lr=0.1, ess=10, curvature="ggn", curvature_every=1, damping=damping, beta2=0.5
+        )
+
+    w, old = made(0.0)
+    with old.sampled_params(train=True):
+        old.add_curvature((2 * w).sum(), 1)
+        w.sum().backward()
+    old.step()
+    saved = old.state_dict()
+    for group in saved["param_groups"]:
+        del group["damping"]
+    v, new = made(0.5)
+    new.load_state_dict(saved)
+    assert [group["damping"] for group in new.param_groups] == [0.0]
+    expected = old.precision([("w", w)])["w"]
+    assert torch.equal(new.precision([("w", v)])["w"], expected)
+    assert float(expected.min()) > 10
+
+
+def test_a_group_has_its_own_damping_from_the_start():
+    w, v = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [w], "damping": 2.0}, {"params": [v]}]
+    optimizer = IVON(groups, lr=0.1, ess=10, curvature="ggn", damping=0.5)
+    with optimizer.sampled_params(train=True):
+        pass
+    assert [float(optimizer.state[p]["hess"][0]) for p in (w, v)] == [2.0, 0.5]
+    for precision in optimizer.precision([("w", w), ("v", v)]).values():
+        torch.testing.assert_close(precision, torch.full((2,), 10 * 1e-4))
+
+
+@pytest.mark.parametrize(
+    ("identity", "is_refused"),
+    [({"damping": 0.0}, False), ({"damping": None}, False), ({"damping": 0.01}, True)],
+)
+def test_a_checkpoint_without_damping_is_one_of_none(identity, is_refused):
+    checkpoint = Checkpoint(Path("c"), 1, {"seed": 0}, 0.0)
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"damping is 0\.0 there and 0\.01 here"):
+            refuse_other_settings(checkpoint, {"seed": 0} | identity)
+    else:
+        refuse_other_settings(checkpoint, {"seed": 0} | identity)
+
+
+def test_a_way_to_draw_is_no_prior_of_the_precision():
+    """What reads 1/S itself, as the leverage of an adaptation, needs a prior inside S."""
+    identity = Identity(blocks="0", full=None)
+    info = PosteriorInfo(
+        estimator="ggn", mean=identity, predictive=Predictive(prior=1.0, temperature=1.0)
+    )
+    assert sampling_obstacle(info) is None
+    assert "without a proper prior" in prior_obstacle(info)
+
+
+def test_the_trainers_arguments_have_the_rate_that_was_chosen(tmp_path, data):
+    bert = tiny_bert(tmp_path / "b")
+    settings = config(tmp_path, data, model=bert, max_steps=200, posterior="none")
+    arguments = training_arguments(settings, tmp_path / "t", quiet=True)
+    trainer = make_trainer(load_run(settings, 1), arguments, quiet=True)
+    assert trainer.args.learning_rate == pytest.approx(5e-5)

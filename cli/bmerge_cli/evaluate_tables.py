@@ -141,18 +141,21 @@ def _show_draws(screen: Screen, sampled: "SampledReport") -> None:
             f"deviation over RMS above are those of '{drawn[0][1]}'",
             markup=False,
         )
-    if draws.ess and draws.observations and abs(draws.ess / draws.observations - 1) > 1e-6:
+    # A recorded width is that of the training, whatever the precision counts.
+    ess, observations = draws.ess, draws.observations
+    if not draws.recorded and ess and observations and abs(ess / observations - 1) > 1e-6:
         screen.print(
-            f"note: the precision is that of {draws.ess:,g} observations (ess), the data held "
-            f"{draws.observations:,g}: --posterior-temperature "
-            f"{draws.ess / draws.observations:.4g} counts each once"
+            f"note: the precision is that of {ess:,g} observations (ess), the data held "
+            f"{observations:,g}: --posterior-temperature {ess / observations:.4g} counts each once"
         )
     if draws.sigma_over_rms > WIDE:
         # The factor of the variance that the prior alone would have to make up for.
         excess = (draws.sigma_over_rms / WIDE) ** 2
+        # A prior that is given takes the place of the recorded temperature, too.
+        prior = "" if draws.recorded else f"--prior {draws.prior * excess:.1g} or "
         screen.print(
             f"note: the draws are {draws.sigma_over_rms:.2g} of the weights' RMS from the mean, "
-            f"where models often predict worse. With --prior {draws.prior * excess:.1g} or "
+            f"where models often predict worse. With {prior}"
             f"--posterior-temperature {draws.temperature / excess:.1g} they are about {WIDE:g}"
         )
 

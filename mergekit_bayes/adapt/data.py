@@ -117,7 +117,7 @@ def training_config(config: AdaptConfig) -> FinetuneConfig:
     settings = shared | {
         "data": sources(config),
         "weight_decay": 1e-6 if config.optimizer == "ivon" else 0.0,
-        "damping": 0.0,  # what bounds the noise is the prior, the memory's precision
+        "damping": 0.0,  # the noise is bounded by the prior, and by the ess that is chosen for it
         "scheduler": "constant",
     }
     return FinetuneConfig.model_validate(settings)

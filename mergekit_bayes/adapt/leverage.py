@@ -34,7 +34,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.models.load import UNIT, Loaded
 from mergekit_bayes.models.modes import differentiable, evaluating
 from mergekit_bayes.models.places import Place
-from mergekit_bayes.models.sampling import sampling_obstacle
+from mergekit_bayes.models.sampling import prior_obstacle
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.records import FloatArray
 
@@ -104,9 +104,7 @@ def refuse_unknown_variance(config: AdaptConfig) -> None:
     """
     with open_posterior(config.model, precision=config.precision) as posterior:
         obstacle = (
-            sampling_obstacle(posterior.info)
-            if posterior.has_precision
-            else "none is stored with it"
+            prior_obstacle(posterior.info) if posterior.has_precision else "none is stored with it"
         )
     if obstacle is not None:
         raise ConfigError(

@@ -101,7 +101,10 @@ def _as_today(settings: Mapping[str, Any], identity: Mapping[str, object]) -> di
     compared = {n: v for n, v in stored.items() if n not in _FREE or n in identity}
     if compared.get("pack") is True:
         compared["pack"] = "joined"  # as it is named now
-    return {name: value for name, value in _NEW.items() if name in identity} | compared
+    new: dict[str, Any] = {name: value for name, value in _NEW.items() if name in identity}
+    if identity.get("damping") is not None:  # left out where the optimizer has none
+        new["damping"] = 0.0
+    return new | compared
 
 
 def _said(value: object) -> str:

@@ -100,6 +100,7 @@ def make_trainer(
     )
 
     config, loaded = run.config, run.loaded
+    arguments.learning_rate = run.choices.learning_rate  # which may follow from the steps
     options: dict[str, object] = {
         "model": loaded.model,
         "args": arguments,

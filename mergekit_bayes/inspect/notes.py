@@ -141,5 +141,5 @@ def _ivon_notes(layers: Sequence[LayerReport], info: PosteriorInfo) -> Iterator[
     )
     if wide:
         yield (
-            f"IVON's noise was above a fifth of the weights' RMS in {wide}; raise ess or damping"
+            f"IVON's noise was above a fifth of the weights' RMS in {wide}; raise ess or hess_init"
         )

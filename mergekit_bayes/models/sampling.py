@@ -28,7 +28,7 @@ from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import ConfigError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.models.places import Place, find_places
-from mergekit_bayes.posterior import Posterior, PosteriorInfo, open_posterior
+from mergekit_bayes.posterior import Posterior, PosteriorInfo, Predictive, open_posterior
 from mergekit_bayes.records import Frozen
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class SamplingReport(Frozen):
         temperature: Factor on the variance of the posterior.
         prior: Prior precision inside S that was drawn from, 1/weight^2.
         given: Whether the user gave that prior in place of the stored one.
+        recorded: Whether it is the one that the record names for drawing.
         estimator: Where the curvature comes from, as stored.
         ess: Number of observations by which S is scaled, as stored.
         observations: Number of observations that S stands for, as stored.
@@ -66,6 +67,7 @@ class SamplingReport(Frozen):
     temperature: float
     prior: float
     given: bool
+    recorded: bool = False
     estimator: str | None
     ess: float | None
     observations: float | None
@@ -88,6 +90,13 @@ def sampling_obstacle(info: PosteriorInfo | None) -> str | None:
 
     The entries themselves are checked when they are drawn.
     """
+    if info is not None and info.predictive is not None:
+        return None
+    return prior_obstacle(info)
+
+
+def prior_obstacle(info: PosteriorInfo | None) -> str | None:
+    """Why a precision as it is stored gives no variance, judged by its record; None if it does."""
     if info is None:
         return "its precision does not say which prior it contains"
     if info.prior.kind == "unknown":
@@ -95,8 +104,6 @@ def sampling_obstacle(info: PosteriorInfo | None) -> str | None:
             "it averages merges whose priors differ, so what prior its precision contains is not "
             "known"
         )
-    if info.predictive is not None:
-        return None
     if info.prior.kind == "none" or info.prior.precision <= _PROPER:
         return "its precision is a bare curvature without a proper prior"
     return None
@@ -190,8 +197,10 @@ class PosteriorDraws:
         temperature: float | None = None,
         seed: int = 0,
     ) -> None:
-        given = prior is not None
-        prior, temperature = _width(posterior.info, prior, temperature)
+        self._given = prior is not None
+        recorded = posterior.info.predictive if posterior.info is not None else None
+        self._recorded = recorded is not None and not self._given
+        prior, temperature = _width(recorded, prior, temperature)
         proper = prior is None or _PROPER < prior < np.inf
         for name, value, is_good, expected in (
             ("samples", samples, samples >= 1, "1 or more"),
@@ -204,7 +213,7 @@ class PosteriorDraws:
         self._samples = samples
         self._temperature = temperature
         self._seed = seed
-        self._prior, self._given = prior, given
+        self._prior = prior
         self._stored_prior = _stored_prior(posterior.info)
         self._places = find_places(model, posterior)
         self._means: list[tuple[Tensor, Tensor]] | None = None  # parameter, copy of its mean
@@ -296,6 +305,7 @@ class PosteriorDraws:
             temperature=self._temperature,
             prior=self._stored_prior if self._prior is None else self._prior,
             given=self._given,
+            recorded=self._recorded,
             estimator=info.estimator if info else None,
             ess=info.ess if info else None,
             observations=info.observations if info else None,
@@ -307,10 +317,9 @@ class PosteriorDraws:
 
 
 def _width(
-    info: PosteriorInfo | None, prior: float | None, temperature: float | None
+    recorded: Predictive | None, prior: float | None, temperature: float | None
 ) -> tuple[float | None, float]:
     """Prior and temperature to draw with: those given, else those of the record."""
-    recorded = info.predictive if info is not None else None
     if recorded is not None and prior is None:
         return recorded.prior, recorded.temperature if temperature is None else temperature
     return prior, 1.0 if temperature is None else temperature

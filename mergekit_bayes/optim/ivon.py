@@ -26,7 +26,7 @@ from mergekit_bayes.optim.rank_noise import check_replicas, mean_over_ranks, sam
 from mergekit_bayes.optim.samples import Sampled, add_gradient, add_noise_gradient
 from mergekit_bayes.optim.shards import sum_over_shards, take_gradient
 from mergekit_bayes.optim.squares import add_squares, damped, mean_squares
-from mergekit_bayes.optim.state import Group, ParameterState
+from mergekit_bayes.optim.state import Group, ParameterState, check_curvature
 from mergekit_bayes.optim.steps import adapt_prior, ggn_step, price_step
 from mergekit_bayes.optim.steps_together import Pending, step_together
 
@@ -97,8 +97,8 @@ class IVON(PosteriorOptimizer):
             the first step is made at the mean. An entry that no output depends on has the noise
             of the prior, so `weight_decay` bounds it.
         curvature_every: Steps from one estimate to the next, with `curvature="ggn"`.
-        damping: With `curvature="ggn"`, what is added to every estimate of h. It bounds the noise
-            of all entries by `1 / sqrt(ess damping)`, and is no prior: it pulls nothing.
+        damping: Added to every estimate of h by "ggn". It bounds all noise by
+            `1 / sqrt(ess damping)` and is no prior: it pulls nothing.
         rank_noise: Each rank draws noise of its own for its part of the batch, so that R ranks
             are R samples at the cost of one. The gradients must come unreduced (DDP's `no_sync`
             around every backward, which the Trainer mixin opens): gradient and noise * gradient
@@ -183,6 +183,8 @@ class IVON(PosteriorOptimizer):
             "ggn": curvature == "ggn",  # torch's checkpoints hold no strings here
         }
         super().__init__(params, defaults, prior=prior, restore=restore)
+        for group in self.param_groups if curvature == "ggn" else ():
+            group["hess_init"] = group["damping"]  # which a group may have of its own
         self.antithetic = antithetic
         self.curvature = curvature
         self.rank_noise = rank_noise
@@ -363,17 +365,11 @@ class IVON(PosteriorOptimizer):
             ValueError: The checkpoint was made with another `prior`, by another optimizer, or
                 with the other `curvature`.
         """
-        has_estimates = any("estimates" in state for state in state_dict["state"].values())
-        for group in state_dict["param_groups"]:
-            # Older checkpoints do not say which curvature theirs is.
-            curvature = "ggn" if group.get("ggn", has_estimates) else "price"
-            if (state_dict["state"] or "ggn" in group) and curvature != self.curvature:
-                raise ValueError(
-                    f"IVON: the checkpoint was made with curvature='{curvature}', whose h is "
-                    f"another than that of '{self.curvature}'. Resume with "
-                    f"curvature='{curvature}', or give its posterior as the prior."
-                )
+        check_curvature(state_dict, self.curvature)
         super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if "ess" in saved:  # the h of an earlier version has no damping in it
+                group["damping"] = saved.get("damping", 0.0)
 
     def health(self, batch_size: float) -> dict[str, float]:
         """Return numbers that tell how much the posterior can be trusted.

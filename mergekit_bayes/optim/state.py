@@ -66,6 +66,28 @@ def check_shapes(groups: Sequence[Group], saved: StateDict, optimizer: str) -> N
                 )
 
 
+def check_curvature(saved: StateDict, curvature: str) -> None:
+    """Compare the curvature of IVON with that of a checkpoint.
+
+    Args:
+        saved: The checkpoint, of any version of this package.
+        curvature: "price" or "ggn".
+
+    Raises:
+        ValueError: The checkpoint was made with the other one.
+    """
+    has_estimates = any("estimates" in state for state in saved["state"].values())
+    for group in saved["param_groups"]:
+        # Older checkpoints do not say which curvature theirs is.
+        found = "ggn" if group.get("ggn", has_estimates) else "price"
+        if (saved["state"] or "ggn" in group) and found != curvature:
+            raise ValueError(
+                f"IVON: the checkpoint was made with curvature='{found}', whose h is another than "
+                f"that of '{curvature}'. Resume with curvature='{found}', or give its posterior as "
+                "the prior."
+            )
+
+
 def undamped(hess: Tensor, group: Group) -> Tensor:
     """Return h without the damping that IVON adds to every estimate of the GGN; not negative.
 

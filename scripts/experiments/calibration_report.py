@@ -132,8 +132,9 @@ def _means(by_cell: Mapping[tuple[str, str], Mapping[str, list[Row]]]) -> str:
     drawn = {n for found in by_cell.values() for n in found if re.fullmatch(r"ivon, \d+ draws", n)}
     if not drawn:
         return ""
-    few = min(drawn, key=lambda name: int(name.split()[1]))
-    wanted = ("adamw", "adamw, temperature", "ivon, at the mean", few)
+    by_count = sorted(drawn, key=lambda name: int(name.split()[1]))
+    at_mean = ("ivon, at the mean", "ivon, at the mean, temperature")
+    wanted = ("adamw", "adamw, temperature", *at_mean, *by_count)
     cells = [found for found in by_cell.values() if all(name in found for name in wanted)]
     if not cells:
         return ""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from sentiment_world import BATCH, PACKAGE, Step, encoder, write_rows
+from sentiment_world import BATCH, Step, new_start, write_rows
 
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.run import run_finetune
@@ -89,6 +89,7 @@ class Size:
         many: Draws on the test rows after training by the defaults.
         grid: Standard deviations among which the validation rows choose.
         examples: Rows of a Laplace posterior.
+        flush_batches: Of a training; None for the default.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -98,6 +99,7 @@ class Size:
     many: int = 32
     grid: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04)
     examples: int = 400
+    flush_batches: int | None = None
 
 
 SIZES = {
@@ -110,6 +112,7 @@ SIZES = {
         many=3,
         grid=(0.01, 0.02),
         examples=16,
+        flush_batches=2,
     ),
 }
 
@@ -149,23 +152,13 @@ class World:
 
         return Step(self.work, f"text-{name}", {"text": name, "rows": rows}, make)
 
-    def start(self, seed: int) -> Step:
-        """The encoder with a new head."""
-
-        def make(folder: Path) -> None:
-            transformers.set_seed(seed)
-            auto = transformers.AutoModelForSequenceClassification
-            auto.from_pretrained(encoder(), num_labels=2).save_pretrained(folder / "model")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(encoder())
-            tokenizer.save_pretrained(folder / "model")
-
-        return Step(self.work, f"start-{seed}", {"seed": seed, "encoder": PACKAGE}, make)
-
     def trained(self, name: str, cell: Cell, method: str, seed: int) -> Step:
         """The encoder after a training."""
-        start, rows = self.start(seed), self.text(name, cell.rows)
+        start, rows = new_start(self.work, seed), self.text(name, cell.rows)
         settings = {"epochs": cell.epochs, "batch_size": BATCH, "max_length": TOKENS, "seed": seed}
         settings |= METHODS[method] | ({"lora": {}} if cell.lora else {})
+        if self.size.flush_batches is not None:
+            settings["flush_batches"] = self.size.flush_batches
         if settings.get("optimizer") in ("adamw", "sam"):
             settings |= {"posterior": "none"}
 

@@ -238,15 +238,7 @@ class World:
 
     def start(self, seed: int) -> Step:
         """The encoder with a new head."""
-
-        def make(folder: Path) -> None:
-            transformers.set_seed(seed)
-            auto = transformers.AutoModelForSequenceClassification
-            auto.from_pretrained(encoder(), num_labels=2).save_pretrained(folder / "model")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(encoder())
-            tokenizer.save_pretrained(folder / "model")
-
-        return Step(self.work, f"start-{seed}", {"seed": seed, "encoder": PACKAGE}, make)
+        return new_start(self.work, seed)
 
     def base(self, seed: int) -> Step:
         """The encoder with its head after training on film reviews."""
@@ -358,6 +350,19 @@ class World:
             save_posterior(model.model, tensors, info, out=folder / "precision")
 
         return Step(self.work, f"permuted-{precision.name}", settings, make, (model, precision))
+
+
+def new_start(work: Path, seed: int) -> Step:
+    """The encoder with a new head for two classes, and its tokenizer."""
+
+    def make(folder: Path) -> None:
+        transformers.set_seed(seed)
+        auto = transformers.AutoModelForSequenceClassification
+        auto.from_pretrained(encoder(), num_labels=2).save_pretrained(folder / "model")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(encoder())
+        tokenizer.save_pretrained(folder / "model")
+
+    return Step(work, f"start-{seed}", {"seed": seed, "encoder": PACKAGE}, make)
 
 
 def estimators() -> frozenset[str]:
