@@ -94,11 +94,10 @@ class IVON(PosteriorOptimizer):
             diagonal from `add_curvature`, every `curvature_every` steps, and has neither this
             bias nor a start to forget. h is then an average from zero, and beta2 its decay per
             estimate (1 - 5 curvature_every / steps); `hess_init` and `rescale_lr` are not used;
-            the first step is made at the mean. An entry that no output depends on has the noise
-            of the prior, so `weight_decay` bounds it.
+            the first step is made at the mean. An entry that no output depends on has a noise that
+            `weight_decay` and `damping` bound.
         curvature_every: Steps from one estimate to the next, with `curvature="ggn"`.
-        damping: Added to every estimate of h by "ggn". It bounds all noise by
-            `1 / sqrt(ess damping)` and is no prior: it pulls nothing.
+        damping: Added to every estimate by "ggn"; no prior, so that it pulls nothing.
         rank_noise: Each rank draws noise of its own for its part of the batch, so that R ranks
             are R samples at the cost of one. The gradients must come unreduced (DDP's `no_sync`
             around every backward, which the Trainer mixin opens): gradient and noise * gradient
