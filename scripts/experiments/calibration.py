@@ -11,7 +11,7 @@ WORK, so that a run which was stopped goes on; two processes with other seeds ma
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 from calibration_report import tables
 from calibration_small import SECTIONS, small_records
 from calibration_world import (
+    CONTROLS,
     PARTS,
     SETS,
     SIZES,
@@ -32,6 +33,7 @@ from calibration_world import (
 
 from mergekit_bayes.metrics.classification import score_classification
 
+Make = Callable[[World, "Job", Any], dict[str, Any]]
 EVERYWHERE = ("adamw", "ivon")
 # In the second cell, by the first seed.
 RARE = (
@@ -82,40 +84,70 @@ def look_file(world: World, job: Job) -> Path:
 
 
 def look(world: World, job: Job) -> None:
-    """Train a model, and predict all parts with it."""
+    """Train a model, and predict all parts with it: what is not in its file yet."""
     file = look_file(world, job)
+    found: dict[str, Any] = {}
     if file.exists():
+        with np.load(file) as there:
+            found = {name: there[name] for name in there.files}
+    missing = [make for key, make in wanted(world, job) if key not in found]
+    if not missing:
         return
     trained = world.trained(*job).done()
     loaded = opened(trained.model)
-    found: dict[str, Any] = {"seconds": trained.seconds}
-    for part in PARTS:
-        found[f"mean {part}"] = world.predict(loaded, job.name, part)[None]
-    if job.method.startswith("ivon") and job.method != "ivon, no noise":
-        found |= drawn(world, job, loaded, trained.model)
-    if job.method == "adamw" and job.cell == world.size.cells[1]:
-        found |= laplace(world, job, loaded)
-    if job.method in ("adamw", "ivon") and job.cell == world.size.cells[1]:
-        found |= one_sigma(world, job, loaded)
+    for make in missing:
+        found |= make(world, job, loaded)
     unfinished = file.with_suffix(".unfinished.npz")
     np.savez(unfinished, **found)
     unfinished.rename(file)
     stamp(f"{trained.name}: predicted")
 
 
-def drawn(world: World, job: Job, loaded: Any, model: Path) -> dict[str, Any]:
+def wanted(world: World, job: Job) -> Iterator[tuple[str, Make]]:
+    """A key of everything that a model's file holds, and what makes it."""
+    yield "mean test", at_mean
+    if job.method.startswith("ivon") and job.method != "ivon, no noise":
+        yield "drawn test", drawn
+    if job.cell == world.size.cells[1]:
+        if job.method == "adamw":
+            yield "laplace test", laplace
+        if job.method in EVERYWHERE:
+            yield "flat test", one_sigma
+        if job.method == "ivon":
+            yield "permuted test", controls
+
+
+def at_mean(world: World, job: Job, loaded: Any) -> dict[str, Any]:
+    """Predictions at the stored weights, (1, rows, classes), and the time of the training."""
+    found: dict[str, Any] = {"seconds": world.trained(*job).seconds}
+    for part in PARTS:
+        found[f"mean {part}"] = world.predict(loaded, job.name, part)[None]
+    return found
+
+
+def drawn(world: World, job: Job, loaded: Any) -> dict[str, Any]:
     """Predictions under draws from the stored posterior, (draws, rows, classes)."""
     size, found = world.size, {}
     many = size.many if job.method == "ivon" else size.few
     # Published settings have no prior, so that the least one is given; it changes nothing.
     prior = 1.0 if job.method == "ivon, published" else None
-    with posterior_draws(loaded, model, many, prior=prior) as draws:
+    with posterior_draws(loaded, world.trained(*job).model, many, prior=prior) as draws:
         found["sigma"] = draws.report.sigma_over_rms
         for k in draws:
             for part in PARTS:
-                if k < size.few or part == "test":
+                if k < size.few or part != "valid":
                     row = world.predict(loaded, job.name, part)
                     found.setdefault(f"drawn {part}", []).append(row)
+    return found
+
+
+def controls(world: World, job: Job, loaded: Any) -> dict[str, Any]:
+    """The same as often, from posteriors that know less: what uncertainty must be better than."""
+    found: dict[str, Any] = {}
+    model = world.trained(*job).model
+    for kind in CONTROLS:
+        with posterior_draws(loaded, model, world.size.many, control=kind) as draws:
+            found[f"{kind} test"] = [world.predict(loaded, job.name, "test") for _ in draws]
     return found
 
 

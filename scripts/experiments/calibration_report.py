@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from calibration_world import CONTROLS
 
 from mergekit_bayes.metrics.classification import score_classification
 
@@ -90,7 +91,12 @@ def rows_of(world: "World", job: "Job", look: Mapping[str, Any]) -> dict[str, Ro
         )
         many = len(look["drawn test"])
         if many > few:
-            add(f"{job.method}, {many} draws", averaged(look["drawn test"]))
+            of_shift = look["drawn shift"]
+            add(
+                f"{job.method}, {many} draws",
+                averaged(look["drawn test"]),
+                averaged(of_shift) if len(of_shift) == many else None,
+            )
         t = temperature(averaged(look["drawn valid"]), valid)
         add(
             f"{job.method}, {few} draws, temperature",
@@ -99,6 +105,10 @@ def rows_of(world: "World", job: "Job", look: Mapping[str, Any]) -> dict[str, Ro
     for kind, words in (("laplace", "Laplace posterior"), ("flat", "one sigma")):
         if f"{kind} test" in look:
             add(f"{job.method}, {words} by search", averaged(look[f"{kind} test"]))
+    for kind in CONTROLS:
+        if f"{kind} test" in look:
+            of_kind = look[f"{kind} test"]
+            add(f"{job.method}, {len(of_kind)} draws, {kind}", averaged(of_kind))
     return found
 
 

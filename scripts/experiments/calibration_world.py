@@ -24,6 +24,7 @@ from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.metrics.classification import class_probabilities
 from mergekit_bayes.models.load import Loaded, load_model
+from mergekit_bayes.models.places import Place
 from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
@@ -216,16 +217,37 @@ def posterior_draws(
     *,
     precision: Path | None = None,
     prior: float | None = None,
-    temperature: float | None = None,
+    control: str | None = None,
 ) -> Iterator[PosteriorDraws]:
-    """Draws from a stored posterior, as those of `bmerge evaluate --samples`."""
+    """Draws from a stored posterior, as those of `bmerge evaluate --samples`, or of a control."""
     place = None if precision is None else str(precision)
     with open_samplable(str(model), precision=place, prior=prior) as posterior:
-        draws = PosteriorDraws(
-            loaded.model, posterior, samples, prior=prior, temperature=temperature
-        )
+        draws = DRAWS[control](loaded.model, posterior, samples, prior=prior)
         with draws:
             yield draws
+
+
+class Permuted(PosteriorDraws):
+    """Draws whose deviations are those of the posterior, at other entries of the same tensor."""
+
+    def _deviation(self, place: Place) -> np.ndarray:
+        deviation = super()._deviation(place)
+        seed = int.from_bytes(place.name.encode(), "little")
+        order = np.random.default_rng(seed).permutation(deviation.size)
+        return deviation.reshape(-1)[order].reshape(deviation.shape)
+
+
+class PerTensor(PosteriorDraws):
+    """Draws with one deviation for each tensor, the root of the mean variance of its entries."""
+
+    def _deviation(self, place: Place) -> np.ndarray:
+        deviation = super()._deviation(place)
+        return np.full_like(deviation, np.sqrt(np.mean(np.square(deviation, dtype=np.float64))))
+
+
+# Which draws a name means; None is the posterior itself.
+DRAWS = {None: PosteriorDraws, "permuted": Permuted, "per tensor": PerTensor}
+CONTROLS = ("permuted", "per tensor")
 
 
 @contextmanager
