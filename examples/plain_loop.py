@@ -37,7 +37,7 @@ def main(output: str, seed: int | str = 0, steps: int = 200) -> None:
     probabilities = torch.zeros(len(points), 2)
     with torch.no_grad():
         for _ in range(16):
-            with optimizer.sampled_params():
+            with optimizer.sampled_params(temperature=3):
                 probabilities += model(points).softmax(-1) / 16
     accuracy = (probabilities.argmax(-1) == labels).float().mean()
     print(f"accuracy {accuracy:.3f}, mean of 16 weight samples")

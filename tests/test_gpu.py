@@ -57,7 +57,7 @@ def given_noise(at, *others):
     noise = 0.01 * torch.randn(
         at.state["hess"].shape, generator=torch.Generator().manual_seed(at.index[1])
     )
-    yield (at.draw.sign * noise).to(at.parameter.device), *others
+    yield (at.draw.scale * noise).to(at.parameter.device), *others
 
 
 @pytest.mark.parametrize("kind", KINDS)

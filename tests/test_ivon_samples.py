@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mergekit_bayes.optim import IVON
+from mergekit_bayes.optim import BSAM, IVON, VOGN
 from mergekit_bayes.optim.samples import redrawn_product
 from tests.cases import SETTINGS, data, loss_of, net, train
 
@@ -19,6 +19,28 @@ def test_a_copied_optimizer_draws_the_same_noise():
     with optimizer.sampled_params(), twin_optimizer.sampled_params():
         for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
             assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("restore", ["copy", "redraw"])
+@pytest.mark.parametrize("kind", [IVON, VOGN, BSAM])
+def test_a_temperature_scales_the_variance_and_training_has_none(kind, restore):
+    def displaced(temperature):
+        # One weight too large to be sampled together with others, and one that is not.
+        weights = [torch.nn.Parameter(torch.ones(70_000)), torch.nn.Parameter(torch.ones(5))]
+        optimizer = kind(weights, lr=0.1, ess=100.0, seed=4, restore=restore)
+        with optimizer.sampled_params(temperature=temperature):
+            moved = torch.cat([w.detach() - 1 for w in weights])
+        assert all(torch.allclose(w, torch.ones_like(w), atol=1e-6) for w in weights)
+        for bad in (0.0, -1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match="temperature"):
+                optimizer.sampled_params(temperature=bad).__enter__()
+        with pytest.raises(ValueError, match=r"temperature=3.0"):
+            optimizer.sampled_params(train=True, temperature=3.0).__enter__()
+        return moved
+
+    plain = displaced(1.0)
+    assert float(plain.std()) > 0.01
+    torch.testing.assert_close(displaced(3.0), plain * math.sqrt(3), atol=1e-6, rtol=1e-4)
 
 
 def curvature_of_one_step(loss, antithetic):

@@ -75,7 +75,7 @@ class FixedNoise(IVON):
             eps = distribute_tensor(
                 eps, at.parameter.device_mesh, at.parameter.placements
             ).to_local()
-        factor = at.draw.sign / at.group["ess"] ** 0.5 if at.state.get("estimates", 1) else 0.0
+        factor = at.draw.scale / at.group["ess"] ** 0.5 if at.state.get("estimates", 1) else 0.0
         curvature = local(at.state["hess"]) + self._prior_of(at.parameter, at.group, at.state)[1]
         yield (eps * factor / curvature.sqrt() if factor else torch.zeros_like(eps)), *others
 

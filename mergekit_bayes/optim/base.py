@@ -5,6 +5,7 @@ bits), a momentum and the Hessian diagonal h of the mean loss. The posterior is
 N(mean, 1 / (ess (h + d))), with d the prior's precision over ess.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ from mergekit_bayes.optim.moves import (
 )
 from mergekit_bayes.optim.noise import PREDICT, TRAIN, Draw, noise_slices
 from mergekit_bayes.optim.prior import Priors, PriorTerm, check_prior, prior_terms
+from mergekit_bayes.optim.ranges import check_settings
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local, shard_index
 from mergekit_bayes.optim.slicing import Items
@@ -43,9 +45,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     Training noise is a function of (seed, step, sample, group, parameter, shard or rank). So a
     resumed run continues it, a step that is made again gets the same noise, and samples for
     prediction do not disturb it. Replicas (DDP) draw the same noise, shards (DTensor) each their
-    own, and with IVON's `rank_noise` every rank its own for training. Where the compiled pass
-    draws it, the noise is the same on every processor. On GPUs, without numba and for tensors
-    that are not contiguous, it comes from torch's generators.
+    own, and with IVON's `rank_noise` every rank its own for training. The compiled pass draws it
+    alike on every processor; where that does not fit, torch's generators draw it.
 
     A subclass has `_take`, which adds the gradient of a sample to the sums of the step, and
     `step`, which goes through `_each_sampled`. Its state is `state.ParameterState`, which
@@ -100,23 +101,23 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         self._clear()
 
     @contextmanager
-    def sampled_params(self, train: bool = False) -> Iterator[None]:
+    def sampled_params(self, train: bool = False, *, temperature: float = 1.0) -> Iterator[None]:
         """Set the weights to a sample of the posterior, and back to the mean on leaving.
 
-            theta = mean + eps / sqrt(ess (h + d)),   eps ~ N(0, 1)
-
-        The mean is restored after an exception, too.
+            theta = mean + eps sqrt(T / (ess (h + d))),   eps ~ N(0, 1)
 
         Args:
             train: Take the gradients for `step` when the context closes without an exception;
                 `.grad` is None then. Otherwise the sample is one for prediction.
+            temperature: T, on the variance of samples for prediction; 3 in a fine-tune's record.
 
         Raises:
             RuntimeError: The context is opened inside another one.
-            ValueError: The parameters were exchanged, and no longer fit the settings.
+            ValueError: Parameters that were exchanged and no longer fit the settings, or a
+                temperature that is not a positive number, or not 1 in training.
         """
         self._check_parameters()
-        draw = self._next_draw(train)
+        draw = self._next_draw(train, temperature)
         taking = False
         try:
             with self._away(self._add_noise, self._take if train else None, draw):
@@ -150,11 +151,13 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 "sharding."
             )
 
-    def _next_draw(self, train: bool) -> Draw:
+    def _next_draw(self, train: bool, temperature: float) -> Draw:
+        fits = 0 < temperature < math.inf and (temperature == 1 or not train)
+        check_settings(type(self).__name__, [("temperature", temperature, fits)])
         if not train:
             for group in self.param_groups:
                 group["draws"] += 1
-            return Draw(PREDICT, self.param_groups[0]["draws"], 0, 1.0)
+            return Draw(PREDICT, self.param_groups[0]["draws"], 0, temperature**0.5)
         step, sample = self.param_groups[0]["steps"], self._transient.samples
         if self.antithetic:
             return Draw(TRAIN, step, sample // 2, -1.0 if sample % 2 else 1.0)
@@ -228,7 +231,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         place = self._place(moved.parameter, draw)
         seed = mix(group["seed"], draw.stream, draw.number, draw.sample, *moved.index, place)
         # Before the first estimate nothing is known of the curvature: the sample is the mean.
-        factor = draw.sign / group["ess"] ** 0.5 if state.get("estimates", 1) else 0.0
+        factor = draw.scale / group["ess"] ** 0.5 if state.get("estimates", 1) else 0.0
         _, decay = self._prior_of(moved.parameter, group, state)
         generators = self._transient.generators
         return noise_slices(local(state["hess"]), decay, factor, seed, generators, *others)
@@ -343,9 +346,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         """Return the posterior precision `ess h + S_p` of every trained parameter, by name.
 
         S_p is the prior's precision, `ess * weight_decay` where no other was given, and h is
-        without IVON's damping, which no data have said. The tensors
-        are float32, in 1/weight^2. Of sharded parameters they are shards, which `full_tensors`
-        gathers.
+        without IVON's damping, which no data have said. The tensors are float32, in 1/weight^2. Of
+        sharded parameters they are shards, which `full_tensors` gathers.
 
         Args:
             named_parameters: As `model.named_parameters()`; those not trained are left out.

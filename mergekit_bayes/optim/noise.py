@@ -18,13 +18,14 @@ class Draw(NamedTuple):
         stream: `TRAIN` or `PREDICT`.
         number: Number of the step, or of the sample for prediction.
         sample: Number of the sample within the step; of the pair if antithetic.
-        sign: 1, or -1 for the second sample of an antithetic pair.
+        scale: Factor on the noise: 1, -1 for the second of an antithetic pair, or the root of a
+            temperature.
     """
 
     stream: int
     number: int
     sample: int
-    sign: float
+    scale: float
 
 
 def noise_slices(
@@ -40,7 +41,7 @@ def noise_slices(
     Args:
         hess: h; float32, of any shape.
         decay: d, of that shape or a number.
-        factor: `sign / sqrt(ess)`. With 0 the noise is zero, and nothing is drawn.
+        factor: `scale / sqrt(ess)`. With 0 the noise is zero, and nothing is drawn.
         seed: Seed of 63 bits; the same seed gives the same noise, however it is sliced where
             the compiled pass fits.
         generators: torch's generators by device, added to where one is missing. They draw the

@@ -60,7 +60,7 @@ def leave(
             a master whose noise is not needed.
         hess: h.
         decays: d, the prior's precision over ess.
-        factors: `sign / sqrt(ess)`. With 0 the noise is zero.
+        factors: `scale / sqrt(ess)`. With 0 the noise is zero.
         seeds: Seeds of 63 bits.
         flags: The first entry is set to 1 when the parameters have left their means, in the same
             call, so that no interrupt comes between.

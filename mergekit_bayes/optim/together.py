@@ -217,7 +217,7 @@ class Together:
     def _factor(self, member: Member) -> float:
         if not member.state.get("estimates", 1):
             return 0.0
-        return float(self._draw.sign / member.group["ess"] ** 0.5)
+        return float(self._draw.scale / member.group["ess"] ** 0.5)
 
     def _seeds(self, place: int) -> list[int]:
         seeds: list[int] = []

@@ -118,22 +118,24 @@ class VOGN(PosteriorOptimizer):
         super().__init__(params, defaults, prior=prior, restore=restore)
 
     @contextmanager
-    def sampled_params(self, train: bool = False) -> Iterator[None]:
+    def sampled_params(self, train: bool = False, *, temperature: float = 1.0) -> Iterator[None]:
         """Set the weights to a sample of the posterior, and back to the mean on leaving.
 
         Args:
             train: Take the gradients for `step` when the context closes without an exception.
                 Inside, call `backward` instead of the loss's own.
+            temperature: On the variance of samples for prediction.
 
         Raises:
             RuntimeError: The context is opened inside another one, or a gradient was not made by
                 `backward`.
-            ValueError: The parameters were exchanged, and no longer fit the prior.
+            ValueError: Parameters that were exchanged and no longer fit the prior, or a
+                temperature that is not a positive number, or not 1 in training.
         """
         if not self._transient.is_open:
             self._transient.squares.clear()
             self._transient.open_observations = 0
-        with super().sampled_params(train):
+        with super().sampled_params(train, temperature=temperature):
             yield
         if train:
             self._transient.observations += self._transient.open_observations
