@@ -5,25 +5,35 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+
+from tests import tiny
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "experiments"
 ROWS = {
-    "encoder": ("adamw, Laplace posterior by search", "ivon, 2 draws", "sam"),
+    "encoder": ("adamw, Laplace posterior by search", "ivon, 3 draws, permuted", "sam"),
     "transformer": ("ivon, laplace noise, 16 draws", "vogn, at the mean", "adam"),
 }
 
 
 @pytest.fixture(scope="module")
-def report():
-    """The module of the tables."""
+def scripts():
+    """The way to the modules of the experiment."""
     sys.path.insert(0, str(SCRIPTS))
     try:
-        yield importlib.import_module("calibration_report")
+        yield importlib.import_module
     finally:
         sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def report(scripts):
+    """The module of the tables."""
+    return scripts("calibration_report")
 
 
 def test_the_area_is_the_share_of_pairs_that_are_in_order(report):
@@ -68,6 +78,56 @@ def test_the_means_are_over_the_cells_that_have_all_rows(report):
     assert "means over 2 cells" in text
     assert text.count("| 0.600 |") == 6  # the mean of 0.3 and 0.9
     assert report._means({("c", "1"): {"adamw": [row]}}) == ""
+
+
+def test_the_controls_have_the_posteriors_noise_without_its_knowledge(scripts, tmp_path):
+    world = scripts("calibration_world")
+    model = torch.nn.Linear(30, 40)
+    mean = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    rng = np.random.default_rng(0)
+    precision = {name: np.exp(rng.normal(5, 1, p.shape)).astype("f4") for name, p in mean.items()}
+    path = tiny.posterior(tmp_path / "a.safetensors", mean, precision, prior=0.05)
+    loaded, true = SimpleNamespace(model=model), precision["weight"] ** -0.5
+
+    def deviations(kind):
+        with world.posterior_draws(loaded, path, 400, control=kind) as draws:
+            drawn = [model.weight.detach().numpy() - mean["weight"] for _ in draws]
+        return np.std(drawn, axis=0)
+
+    found = {kind: deviations(kind) for kind in (None, *world.CONTROLS)}
+    for kind, sigma in found.items():
+        assert np.mean(sigma**2) == pytest.approx(np.mean(true**2), rel=0.05), kind
+    assert np.corrcoef(found[None].ravel(), true.ravel())[0, 1] > 0.98
+    permuted = found["permuted"].ravel()
+    assert abs(np.corrcoef(permuted, true.ravel())[0, 1]) < 0.1
+    assert np.corrcoef(np.sort(permuted), np.sort(true.ravel()))[0, 1] > 0.98
+    assert found["per tensor"].std() < 0.1 * true.std()
+    np.testing.assert_array_equal(model.weight.detach().numpy(), mean["weight"])
+
+
+def test_a_file_of_predictions_gets_only_what_it_lacks(scripts, tmp_path, monkeypatch):
+    calibration = scripts("calibration")
+    world = calibration.World(tmp_path, calibration.SIZES["tiny"])
+    job = calibration.Job("sst2", world.size.cells[1], "ivon", 0)
+    keys = [key for key, _ in calibration.wanted(world, job)]
+    assert keys == ["mean test", "drawn test", "flat test", "permuted test"]
+    file, made = calibration.look_file(world, job), []
+
+    def make(key):
+        return lambda *_: made.append(key) or {key: np.zeros(1), f"more {key}": np.ones(2)}
+
+    monkeypatch.setattr(calibration, "wanted", lambda *_: [(key, make(key)) for key in keys])
+    monkeypatch.setattr(type(world.trained(*job)), "done", lambda step: step)
+    monkeypatch.setattr(calibration, "opened", lambda model: None)
+    np.savez(file, **{"mean test": np.full(1, 7.0)})
+    calibration.look(world, job)
+    assert made == keys[1:]
+    calibration.look(world, job)
+    assert made == keys[1:]
+    with np.load(file) as found:
+        assert float(found["mean test"][0]) == 7
+        assert {f"more {key}" for key in keys[1:]} < set(found.files)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 @pytest.mark.slow
