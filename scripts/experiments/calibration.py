@@ -42,7 +42,11 @@ RARE = (
     "ivon, published",
     "sam",
     "ivon, former defaults",
+    "ivon, cheaper",
 )
+
+
+MANY = ("ivon", "ivon, cheaper")  # whose draws are made as often as a user is told to
 
 
 class Job(NamedTuple):
@@ -128,7 +132,7 @@ def at_mean(world: World, job: Job, loaded: Any) -> dict[str, Any]:
 def drawn(world: World, job: Job, loaded: Any) -> dict[str, Any]:
     """Predictions under draws from the stored posterior, (draws, rows, classes)."""
     size, found = world.size, {}
-    many = size.many if job.method == "ivon" else size.few
+    many = size.many if job.method in MANY else size.few
     # Published settings have no prior, so that the least one is given; it changes nothing.
     prior = 1.0 if job.method == "ivon, published" else None
     with posterior_draws(loaded, world.trained(*job).model, many, prior=prior) as draws:
