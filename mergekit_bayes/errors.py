@@ -38,6 +38,10 @@ class PrecisionError(BmergeError):
     """A precision is missing, belongs to other weights, or is invalid."""
 
 
+class NoDrawsError(PrecisionError):
+    """A model has no posterior that weights can be drawn from."""
+
+
 class ConfigError(BmergeError):
     """An option or a config key makes no sense."""
 

@@ -516,28 +516,27 @@ def test_the_command_shows_mean_and_samples_side_by_side(
         "ECE and reliability by 4 bins",
         "reliability: squared calibration error",
         "labels are read by softmax: config.json names no problem_type, and there are two labels",
-        "  3 samples",
+        "3 samples",
         "change",
         "calibration of test",
-        "prior precision 20",
+        "prior precision 20 (stored)",
         "note: the draws",
     ):
         assert text in " ".join(done.stderr.split("\n")) or text in done.stderr, text
-    lines = [line for line in done.stderr.splitlines() if line.startswith(("test", "  3 samples"))]
-    for line, measured in zip(lines, (report, report["sampled"]), strict=True):
-        assert f"{measured['classification']['test']['nll']['value']:.4g}" in line
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("nats "))
+    for measured in (report, report["sampled"]):
+        assert f" {measured['classification']['test']['nll']['value']:.4g} [" in line
     done = bmerge("evaluate", sampled_model, "--perplexity", "civil=texts.jsonl", "--samples", 2)
     assert done.exit_code == 0, done.output
     assert "  2 samples" in done.stderr
     refused = bmerge("evaluate", curvature_only, *options)
-    assert (refused.exit_code, refused.stderr.count("PrecisionError")) == (2, 1)
+    assert (refused.exit_code, refused.stderr.count("NoDrawsError")) == (2, 1)
     given = bmerge("evaluate", curvature_only, *options, "--prior", 30)
     assert given.exit_code == 0
     assert "prior precision 30 (given)" in given.stderr
-    assert (
-        "of 500 observations (ess), the data held 50: --posterior-temperature 10 counts"
-        in given.stderr
-    )
+    assert "of 500 observations (ess), the data held 50; draws that counted each" in given.stderr
+    narrow = bmerge("evaluate", curvature_only, *options, "--prior", 1e5)
+    assert "data held 50: --posterior-temperature 10 counts each once" in narrow.stderr
     assert "observations (ess)" not in done.stderr
 
 

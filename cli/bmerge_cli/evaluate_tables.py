@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from bmerge_cli.render import Screen, table
+from bmerge_cli.render import Screen, show_beside, table
 
 if TYPE_CHECKING:
     from mergekit_bayes.evaluate.report import EvaluateReport, SampledReport, TaskReport
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from mergekit_bayes.metrics.classification import ClassificationReport
     from mergekit_bayes.metrics.perplexity import PerplexityReport
     from mergekit_bayes.metrics.quality import SamplesReport
+
+
+_CLASSIFICATION = ("accuracy", "nats", "Brier", "reliability", "ECE", "confidence", "examples")
 
 
 def show_report(screen: Screen, report: "EvaluateReport") -> None:
@@ -24,7 +27,7 @@ def show_report(screen: Screen, report: "EvaluateReport") -> None:
             sampled = report.sampled.classification[name] if report.sampled else None
             _show_calibration(screen, name, measured, sampled)
     if report.sampled:
-        _show_draws(screen, report.sampled)
+        _show_draws(screen, report, report.sampled)
     if report.sampling and report.samples:
         _show_toxicity(screen, report, report.sampling, report.samples)
         _show_quality(screen, report, report.samples)
@@ -70,17 +73,19 @@ def _perplexity_row(name: str, measured: "PerplexityReport") -> list[str]:
 def _show_classification(screen: Screen, report: "EvaluateReport") -> None:
     bins = report.settings["bins"]
     title = f"classification; ECE and reliability by {bins} bins; [95 % interval]"
-    columns = ["texts", "accuracy", "nats", "Brier", "reliability", "ECE", "confidence", "examples"]
-    rows = []
+    columns = {}
     for name, measured in report.classification.items():
-        rows.append(_classification_row(name, measured))
+        columns[name] = _classification_cells(measured)
         if report.sampled:
-            draws = f"  {report.sampled.draws.samples} samples"
-            rows.append(_classification_row(draws, report.sampled.classification[name]))
+            draws = f"{report.sampled.draws.samples} samples"
+            columns[draws] = _classification_cells(report.sampled.classification[name])
             change = report.sampled.classification_change[name]
             changes = (change.accuracy, change.nll, change.brier, change.reliability, change.ece)
-            rows.append(["  change", *map(_change, changes), "", ""])
-    screen.print(table(columns, rows, title=title))
+            columns["change"] = [*map(_change, changes), "", ""]
+            show_beside(screen, title, "texts", _CLASSIFICATION, columns)
+            columns, title = {}, ""
+    if columns:
+        show_beside(screen, title, "texts", _CLASSIFICATION, columns)
     if report.label_reading:
         screen.print(f"labels are read by {report.label_reading}")
     screen.print(
@@ -89,19 +94,14 @@ def _show_classification(screen: Screen, report: "EvaluateReport") -> None:
     )
 
 
-def _classification_row(name: str, measured: "ClassificationReport") -> list[str]:
+def _classification_cells(measured: "ClassificationReport") -> list[str]:
     from mergekit_bayes.compare.wording import with_ends
 
     numbers = (
         *(measured.accuracy, measured.nll, measured.brier),
         *(measured.reliability, measured.ece),
     )
-    return [
-        name,
-        *map(with_ends, numbers),
-        f"{measured.confidence:.4g}",
-        f"{measured.examples:,}",
-    ]
+    return [*map(with_ends, numbers), f"{measured.confidence:.4g}", f"{measured.examples:,}"]
 
 
 def _show_calibration(
@@ -112,8 +112,9 @@ def _show_calibration(
 ) -> None:
     """Print confidence and accuracy by bin, of the mean and beside it of the samples."""
     reports = [measured] if sampled is None else [measured, sampled]
-    heads = ["examples", "confidence", "accuracy"]
-    columns = ["bin", *heads, *(f"sampled {head}" for head in heads if sampled is not None)]
+    columns = ["bin", "examples", "confidence", "accuracy"]
+    if sampled is not None:
+        columns += ["of samples", "confidence", "accuracy"]
     rows = []
     for bins in zip(*(r.bins for r in reports), strict=True):
         if any(b.examples for b in bins):
@@ -124,14 +125,15 @@ def _show_calibration(
     screen.print(table(columns, rows, title=f"calibration of {name}"))
 
 
-def _show_draws(screen: Screen, sampled: "SampledReport") -> None:
-    from mergekit_bayes.models.sampling import WIDE
+def _show_draws(screen: Screen, report: "EvaluateReport", sampled: "SampledReport") -> None:
+    from mergekit_bayes.compare.wording import draw_notes
 
     draws = sampled.draws
+    of = "given" if draws.given else "recorded for draws" if draws.recorded else "stored"
     screen.print(
         f"{draws.samples} samples of {draws.parameters:,} parameters ({draws.held:,} at the mean), "
-        f"prior precision {draws.prior:.3g}{' (given)' if draws.given else ''}, temperature "
-        f"{draws.temperature:g}, seed {draws.seed}, deviation over RMS {draws.sigma_over_rms:.2g}"
+        f"{draws.sigma_over_rms:.2g} of the weights' RMS from the mean: prior precision "
+        f"{draws.prior:.3g} ({of}), temperature {draws.temperature:g}, seed {draws.seed}"
     )
     if draws.components is not None and draws.runs is not None:
         drawn = [(n, run) for n, run in zip(draws.components, draws.runs, strict=True) if n]
@@ -141,23 +143,8 @@ def _show_draws(screen: Screen, sampled: "SampledReport") -> None:
             f"deviation over RMS above are those of '{drawn[0][1]}'",
             markup=False,
         )
-    # A recorded width is that of the training, whatever the precision counts.
-    ess, observations = draws.ess, draws.observations
-    if not draws.recorded and ess and observations and abs(ess / observations - 1) > 1e-6:
-        screen.print(
-            f"note: the precision is that of {ess:,g} observations (ess), the data held "
-            f"{observations:,g}: --posterior-temperature {ess / observations:.4g} counts each once"
-        )
-    if draws.sigma_over_rms > WIDE:
-        # The factor of the variance that the prior alone would have to make up for.
-        excess = (draws.sigma_over_rms / WIDE) ** 2
-        # A prior that is given takes the place of the recorded temperature, too.
-        prior = "" if draws.recorded else f"--prior {draws.prior * excess:.1g} or "
-        screen.print(
-            f"note: the draws are {draws.sigma_over_rms:.2g} of the weights' RMS from the mean, "
-            f"where models often predict worse. With {prior}"
-            f"--posterior-temperature {draws.temperature / excess:.1g} they are about {WIDE:g}"
-        )
+    for note in draw_notes(report):
+        screen.print(f"note: {note}")
 
 
 def _show_toxicity(

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Characters of an error. What is said is far below, unless a file made a name or a list longer: a
 # recipe with a value of a megabyte, or with ten thousand unknown keys.
 _LONGEST_MESSAGE = 8000
+_GAP = 2  # spaces between columns
+_NAMES = 30  # characters; longer names of measures go on in the next line where columns need room
 
 NOTHING_WRITTEN = "nothing was written; the same line starts again"
 
@@ -133,6 +135,52 @@ def table(
     for row in rows:
         result.add_row(*row)
     return result
+
+
+def show_beside(
+    screen: Screen,
+    title: str | None,
+    head: str,
+    names: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
+) -> None:
+    """Print a row for each name, and beside each other as many columns as the screen holds.
+
+    Args:
+        screen: Where it is printed.
+        title: Of the first table.
+        head: Of the names.
+        names: The first column.
+        columns: The others by their head, a cell for each name.
+    """
+    for beside in _fitting([head, *names], [[h, *c] for h, c in columns.items()], screen.width):
+        rows = zip(names, *(column[1:] for column in beside), strict=True)
+        heads = [head, *(column[0] for column in beside)]
+        screen.print(table(heads, [list(row) for row in rows], title=title))
+        title = None
+
+
+def _fitting(
+    first: Sequence[str], columns: Sequence[Sequence[str]], width: int
+) -> Iterator[list[Sequence[str]]]:
+    """The columns in groups that fit beside the first one, at least one in each."""
+    group: list[Sequence[str]] = []
+    names = min(_widest(first), _NAMES)
+    room = width - names
+    for column in columns:
+        need = _widest(column) + _GAP
+        if group and need > room:
+            yield group
+            group, room = [], width - names
+        group.append(column)
+        room -= need
+    yield group
+
+
+def _widest(cells: Sequence[str]) -> int:
+    from rich.cells import cell_len
+
+    return max(map(cell_len, cells))
 
 
 @contextmanager

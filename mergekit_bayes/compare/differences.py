@@ -90,8 +90,8 @@ def _changes(
     old, new = before.report, after.report
     yield from _of_texts(config, old.perplexity, new.perplexity, inputs, "")
     yield from _of_labels(config, old.classification, new.classification, "")
-    if old.sampled and new.sampled:
-        old_draws, new_draws = old.sampled, new.sampled
+    if old.sampled or new.sampled:
+        old_draws, new_draws = old.sampled or old, new.sampled or new
         yield from _of_texts(config, old_draws.perplexity, new_draws.perplexity, inputs, _SAMPLED)
         yield from _of_labels(config, old_draws.classification, new_draws.classification, _SAMPLED)
     yield from _of_tasks(old.lm_eval, new.lm_eval)

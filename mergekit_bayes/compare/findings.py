@@ -35,6 +35,7 @@ def findings(
         *_disagreements(of_pairs),
         *_same_weights(evaluations),
         *_other_windows(evaluations),
+        *_without_draws(evaluations),
         *_by_pair(differences),
         *_how_sure(differences),
     )
@@ -115,6 +116,17 @@ def _by_pair(differences: Sequence[Difference]) -> Iterator[str]:
             names = _listed([named(d.measure, d.of) for d in within], "or")
             what = names if len(within) <= _FEW else f"{len(within)} measures"
             yield f"{label} against {against}: no difference beyond its interval in {what}."
+
+
+def _without_draws(evaluations: Sequence[Evaluated]) -> Iterator[str]:
+    if not any(one.report.sampled for one in evaluations):
+        return
+    for one in evaluations:
+        if one.report.sampled is None:
+            yield (
+                f"Nothing can be drawn from a posterior of {one.label}: it is measured at its mean "
+                "alone, and differences over samples are from there."
+            )
 
 
 def _how_sure(differences: Sequence[Difference]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
 from mergekit_bayes.compare.report import CompareReport, Evaluated
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.compare.variants import refuse_models, refuse_variants, variants_of
-from mergekit_bayes.errors import BmergeError, ConfigError
+from mergekit_bayes.errors import BmergeError, ConfigError, NoDrawsError
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings, refuse_task
 from mergekit_bayes.evaluate.report import StepProgress
@@ -49,9 +49,9 @@ def run_compare(
     tell = progress if progress is not None and not quiet and is_main() else _ignore
     with quiet_libraries(bars=False):  # `progress` tells
         main_first(lambda: _refuse(config))
-        main_first(lambda: _refuse_models(config))
+        at_mean = main_first(lambda: _refuse_models(config))
         inputs = main_first(lambda: read_inputs(config))
-        measured = list(_measure(config, labels, inputs, tell))
+        measured = list(_measure(config, labels, at_mean, inputs, tell))
     report = _report(config, measured, inputs)
     if config.output is not None:
         output = Path(config.output)
@@ -72,19 +72,37 @@ def _refuse(config: CompareConfig) -> None:
     refuse_variants(config)
 
 
-def _refuse_models(config: CompareConfig) -> None:
-    """Refuse what the models' files tell, before the first one is measured for long."""
+def _refuse_models(config: CompareConfig) -> frozenset[str]:
+    """Refuse what the models' files tell, before the first one is measured for long.
+
+    Returns:
+        The models that are measured at their mean alone: the others have draws, and they have none.
+
+    Raises:
+        BmergeError: Also where draws are asked for and no model has any.
+    """
     refuse_models(config)
+    without: dict[str, NoDrawsError] = {}
     for model in config.models if len(config.models) > 1 else ():
         classifier = is_classifier(model, trust_remote_code=config.trust_remote_code)
         task = "classification" if classifier else "causal-lm"
         refuse_task(config.evaluation(model), task)
         if config.samples is not None:
-            open_samplable(model, prior=config.prior).close()
+            try:
+                open_samplable(model, prior=config.prior).close()
+            except NoDrawsError as error:
+                without[model] = error
+    if without and len(without) == len(config.models):
+        raise next(iter(without.values()))
+    return frozenset(without)
 
 
 def _measure(
-    config: CompareConfig, labels: list[str], inputs: Inputs, tell: StepProgress
+    config: CompareConfig,
+    labels: list[str],
+    at_mean: frozenset[str],
+    inputs: Inputs,
+    tell: StepProgress,
 ) -> Iterator[Measured]:
     taken = list(labels)
     for label, model in zip(labels, config.models, strict=True):
@@ -93,6 +111,8 @@ def _measure(
                 name = variant_label(label, variant, taken)
                 taken.append(name)
                 several = len(config.models) > 1 or variant != "as it is"
+                if model in at_mean:
+                    settings = settings.model_copy(update={"samples": None})
                 told = partial(_tell_of, tell, name) if several else tell
                 with _named(name, model) if several else nullcontext():
                     evaluation = evaluate_model(settings, inputs, told, change)

@@ -25,7 +25,7 @@ from mergekit_bayes.checkpoint.codec import is_bad_precision, read_tensor
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.checkpoint.specs import Array
-from mergekit_bayes.errors import ConfigError, PrecisionError
+from mergekit_bayes.errors import ConfigError, NoDrawsError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.models.places import Place, find_places
 from mergekit_bayes.posterior import Posterior, PosteriorInfo, Predictive, open_posterior
@@ -124,8 +124,8 @@ def open_samplable(
         The open posterior, which the caller closes.
 
     Raises:
-        PrecisionError: No precision, one of other weights, or one without a proper prior while
-            `prior` is None.
+        NoDrawsError: No precision, or one without a proper prior while `prior` is None.
+        PrecisionError: A precision of other weights.
     """
     path = resolve(ref, CHECKPOINT + POSTERIOR)
     adapter = path / _ADAPTER
@@ -135,7 +135,7 @@ def open_samplable(
             open_posterior(str(adapter) if is_adapter else ref, precision=precision)
         )
         if not posterior.has_precision:
-            raise PrecisionError(
+            raise NoDrawsError(
                 f"no precision for '{ref}' (looked for '{precision_path(posterior.path)}'). "
                 f"Fine-tune it with IVON, make one with `bmerge precision {ref} --data TEXTS "
                 "--prior X`, name one with --precision PATH, or leave out --samples."
@@ -147,7 +147,7 @@ def open_samplable(
             )
         obstacle = sampling_obstacle(posterior.info)
         if obstacle is not None and prior is None:
-            raise PrecisionError(
+            raise NoDrawsError(
                 f"'{ref}' cannot be sampled: {obstacle}. Give a prior precision per entry with "
                 "--prior X (1/weight^2, on the scale of the summed loss), or leave out --samples."
             )
