@@ -140,15 +140,17 @@ class FinetuneConfig(Config):
     learning_rate: float | None = Field(
         None,
         ge=0,
-        description="By default 1e-4, and 1e-3 for an adapter. For IVON the bound on the change of "
-        "a weight in one step, its `lr` times `clip_radius`, and at most 0.01.",
+        description="By default 1e-4, and 1e-3 for an adapter; for IVON on a classifier with all "
+        "weights 0.01 / steps, from 1e-4 down to 1e-5. For IVON the bound on the change of a weight "
+        "in one step, its `lr` times `clip_radius`, and at most 0.01.",
     )
     ess: float | None = Field(
         None,
         gt=0,
         description="Effective sample size, which scales IVON's noise. By default the number of "
-        "observations, or more where the noise of an entry at the start (`price`) or without "
-        "curvature (`ggn`) would exceed 5 % of the median weight matrix' RMS.",
+        "observations, and at least 1e6 (`ggn`); under `price`, or with a `damping` that is given, "
+        "more where the noise of an entry at the start, or without curvature, would exceed 5 % of "
+        "the median weight matrix' RMS.",
     )
     hess_init: float = Field(
         0.01, gt=0, description="Start value of IVON's Hessian; `ggn` starts from its first draw."

@@ -71,7 +71,7 @@ def jobs(world: World, seeds: tuple[int, ...]) -> Iterator[Job]:
     phases = (
         (seeds, EVERYWHERE, cells[:2]),
         ([seed for seed in seeds if seed in first], RARE, cells[1:2]),
-        (seeds, EVERYWHERE, cells[2:]),
+        *((seeds, EVERYWHERE, (cell,)) for cell in cells[2:]),
     )
     for of, methods, where in phases:
         for seed in of:

@@ -95,7 +95,10 @@ class Size:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    cells: tuple[Cell, ...] = (Cell(500, 3), Cell(500, 10), Cell(2000, 3), Cell(500, 10, lora=True))
+    cells: tuple[Cell, ...] = (
+        *(Cell(500, 3), Cell(500, 10)),
+        *(Cell(500, 1), Cell(2000, 3), Cell(500, 10, lora=True)),
+    )
     rows: tuple[int, int, int] = (200, 500, 200)
     few: int = 8
     many: int = 32
