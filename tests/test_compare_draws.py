@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from mergekit_bayes.compare.draws import draw_notes
+from mergekit_bayes.compare.markdown import as_markdown
 from mergekit_bayes.compare.run import run_compare
 from mergekit_bayes.compare.settings import CompareConfig
-from mergekit_bayes.compare.wording import columns_of, draw_notes
+from mergekit_bayes.compare.wording import columns_of
 from mergekit_bayes.errors import NoDrawsError, PrecisionError
 from mergekit_bayes.evaluate.report import SampledReport
 from mergekit_bayes.metrics.base import Interval
@@ -46,6 +48,9 @@ def test_a_model_without_draws_is_compared_at_its_mean(tmp_path):
         assert shown[measure]["plain"] is not None
         assert shown[f"{measure}, over samples"]["plain"] is None
         assert shown[f"{measure}, over samples"]["drawn"] is not None
+    page = as_markdown(report)
+    assert "drawn: 2 samples of" in page
+    assert "drawn from a posterior of plain" in page
     with pytest.raises(NoDrawsError, match="plain"):
         compare(plain, other)
     wrong = tiny_models.tiny_bert(tmp_path / "wrong", seed=4)

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 def show_compare(screen: Screen, report: "CompareReport") -> None:
     """Print the disagreement of scorers if there is one, all numbers, differences and findings."""
+    from mergekit_bayes.compare.draws import draw_notes
     from mergekit_bayes.compare.findings import is_disagreement
-    from mergekit_bayes.compare.wording import bias_in_words, cuts, draw_notes, readings
+    from mergekit_bayes.compare.wording import bias_in_words, cuts, readings
 
     first = [finding for finding in report.findings if is_disagreement(finding)]
     for finding in first:

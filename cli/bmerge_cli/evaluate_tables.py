@@ -126,15 +126,10 @@ def _show_calibration(
 
 
 def _show_draws(screen: Screen, report: "EvaluateReport", sampled: "SampledReport") -> None:
-    from mergekit_bayes.compare.wording import draw_notes
+    from mergekit_bayes.compare.draws import draw_notes, draws_in_words
 
     draws = sampled.draws
-    of = "given" if draws.given else "recorded for draws" if draws.recorded else "stored"
-    screen.print(
-        f"{draws.samples} samples of {draws.parameters:,} parameters ({draws.held:,} at the mean), "
-        f"{draws.sigma_over_rms:.2g} of the weights' RMS from the mean: prior precision "
-        f"{draws.prior:.3g} ({of}), temperature {draws.temperature:g}, seed {draws.seed}"
-    )
+    screen.print(draws_in_words(draws))
     if draws.components is not None and draws.runs is not None:
         drawn = [(n, run) for n, run in zip(draws.components, draws.runs, strict=True) if n]
         counts = ", ".join(f"{n} of '{run}'" for n, run in drawn)

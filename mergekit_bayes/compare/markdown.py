@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from mergekit_bayes.compare.draws import draw_notes, draws_in_words
 from mergekit_bayes.compare.report import CompareReport
 from mergekit_bayes.compare.wording import (
     AGREEMENT,
@@ -118,6 +119,9 @@ def _how(report: CompareReport) -> Iterator[str]:
             f"{text(measured.task_version)}: {measured.samples:,} documents{shots}."
         )
     for one in report.evaluations:
-        yield from (f"{text(one.label)}: {text(cut)}." for cut in cuts(one.report))
+        if one.report.sampled is not None:
+            yield text(f"{one.label}: {draws_in_words(one.report.sampled.draws)}.")
+        notes = (*cuts(one.report), *draw_notes(one.report))
+        yield from (f"{text(one.label)}: {text(note)}." for note in notes)
     # In one piece: a version alone would be escaped as the number of a list item, 0\.1.0.
     yield text(f"bmerge {report.version}; all settings and numbers are in report.json.")

@@ -9,7 +9,6 @@ from mergekit_bayes.compare.report import Difference, Evaluated
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.identity_terms import IdentityBias
-from mergekit_bayes.models.sampling import WIDE
 
 _SHARES = ("toxic share", "prompts with any", "accuracy", "empty", "looping", "repeated pairs")
 
@@ -192,44 +191,6 @@ def with_ends(x: Interval | None, unit: str = "") -> str:
         return f"{x.value:.4g}{unit}"
     low, high = (end + 0.0 for end in (x.low, x.high))  # of -0, too
     return f"{x.value:.4g}{unit} [{low:.3g}, {high:.3g}]"
-
-
-def draw_notes(report: EvaluateReport) -> Iterator[str]:
-    """What a reader of the numbers over samples should know of the draws."""
-    if report.sampled is None:
-        return
-    draws = report.sampled.draws
-    # A recorded width is that of the training, whatever the precision counts.
-    ess, observations = draws.ess, draws.observations
-    if not draws.recorded and ess and observations and not math.isclose(ess, observations):
-        once = ess / observations
-        width = draws.sigma_over_rms * (once / draws.temperature) ** 0.5
-        counts = (
-            f"the precision is that of {ess:,g} observations (ess), the data held {observations:,g}"
-        )
-        if width > WIDE:
-            yield f"{counts}; draws that counted each once would lie {width:.2g} of the RMS away"
-        elif not math.isclose(draws.temperature, once, rel_tol=1e-3):
-            yield f"{counts}: --posterior-temperature {once:.4g} counts each once"
-    if draws.sigma_over_rms > WIDE:
-        # The factor of the variance that the prior alone would have to make up for.
-        excess = (draws.sigma_over_rms / WIDE) ** 2
-        # A prior that is given takes the place of the recorded temperature, too.
-        prior = "" if draws.recorded else f"--prior {draws.prior * excess:.1g} or "
-        yield (
-            f"the draws are {draws.sigma_over_rms:.2g} of the weights' RMS from the mean, where "
-            f"models often predict worse. With {prior}--posterior-temperature "
-            f"{draws.temperature / excess:.1g} they are about {WIDE:g}"
-        )
-    for name, at_mean in report.classification.items():
-        change = report.sampled.classification_change[name].nll
-        is_unsure = at_mean.confidence < (at_mean.accuracy.low or 0.0)
-        if is_unsure and change is not None and (change.low or 0.0) > 0:
-            yield (
-                f"on {name} the model at its mean is less sure ({at_mean.confidence:.3f}) than it "
-                f"is right ({at_mean.accuracy.value:.3f}), and the mean over samples is less sure "
-                "still: predict at the mean"
-            )
 
 
 AGREEMENT = ("scorers", "same verdict", "kappa", "rank correlation")

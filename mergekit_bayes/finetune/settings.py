@@ -141,8 +141,8 @@ class FinetuneConfig(Config):
         None,
         ge=0,
         description="By default 1e-4, and 1e-3 for an adapter; for IVON on a classifier with all "
-        "weights 0.01 / steps, from 1e-4 down to 1e-5. For IVON the bound on the change of a weight "
-        "in one step, its `lr` times `clip_radius`, and at most 0.01.",
+        "weights 0.01 / steps, from 1e-4 down to 1e-5. For IVON the bound on the change of a "
+        "weight in one step, its `lr` times `clip_radius`, and at most 0.01.",
     )
     ess: float | None = Field(
         None,
