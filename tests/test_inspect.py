@@ -1,18 +1,29 @@
 """The numbers of inspect equal those of whole arrays in numpy at any chunk, and it notes doubts."""
 
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from bmerge_cli import inspect
 from bmerge_cli.main import app
+from bmerge_cli.render import Screen
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect import QUANTILES, totals
 from mergekit_bayes.inspect.run import run_inspect
-from mergekit_bayes.posterior import PosteriorInfo, open_posterior, save_posterior
+from mergekit_bayes.posterior import (
+    PosteriorInfo,
+    Predictive,
+    Prior,
+    open_posterior,
+    save_posterior,
+)
 from tests import tiny
 from tests.adapters import adapter, base, factors, precise
 
@@ -298,3 +309,90 @@ def test_an_adapter_on_its_base_shows_the_record_of_its_precision(tmp_path):
     assert report.precision.info == alone.precision.info
     assert report.precision.belongs is True
     assert not any("does not say where it comes from" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("axis", [None, 1], ids=["entry", "row"])
+def test_the_width_of_draws_stands_beside_that_of_the_stored_precision(world, axis):
+    mean, precision = world[0], tiny.precisions(0, SHAPES, low=20, high=30)
+    if axis is not None:
+        precision = {n: t.mean(t.ndim - 1, keepdims=True) for n, t in precision.items()}
+    info = tiny.info(
+        "a.safetensors",
+        prior=Prior(kind="isotropic", precision=15),
+        predictive=Predictive(prior=50, temperature=0.01),
+    )
+    save_posterior(Path("a.safetensors"), precision, info, force=True)
+    ratios = [
+        np.median(np.sqrt(0.01 / (precision[n] - 15 + 50))) / np.sqrt(np.mean(mean[n] ** 2))
+        for n, shape in SHAPES.items()
+        if len(shape) > 1
+    ]
+    done = CliRunner().invoke(app, ["inspect", "a.safetensors", "--json"])
+    summary = json.loads(done.stdout)["precision"]
+    assert summary["draws_over_rms"] == pytest.approx(np.median(ratios), rel=0.02)
+    assert summary["info"]["predictive"] == {"prior": 50, "temperature": 0.01}
+    assert (
+        "draws for predictions (bmerge evaluate --samples): prior 50, temperature 0.01, "
+        f"sigma / RMS {summary['draws_over_rms']:.2g}\n"
+    ) in done.stderr
+    assert "stored precision, 1/weight^2, which merges read" in done.stderr
+
+
+def test_a_record_without_draws_for_predictions_has_no_line_about_them(world):
+    tiny.posterior("proper.safetensors", *world, prior=0.05)
+    done = CliRunner().invoke(app, ["inspect", "proper.safetensors", "--json"])
+    assert "draws for predictions" not in done.stderr
+    assert json.loads(done.stdout)["precision"]["draws_over_rms"] is None
+
+
+def test_the_screen_shows_health_that_exists_and_counts_in_full(world):
+    health = {"kappa": 0.0, "hess_noise": 0.0, "init_fraction": 0.0, "hess_min": 0.01149}
+    health |= {"sigma_over_rms": 0.15, "not_positive": 20288.0, "precision_max": 1773.81}
+    training = {"optimizer": "ivon", "ess": 1e6, "seed": 1234, "antithetic": False}
+
+    def shown(name, **changes):
+        tiny.posterior(name, *world, training=training | changes, health=health)
+        done = CliRunner().invoke(app, ["inspect", name, "--json"])
+        assert json.loads(done.stdout)["precision"]["info"]["health"] == health
+        return done.stderr
+
+    ggn = shown("g.safetensors", curvature="ggn", damping=0.01149)
+    assert (
+        "health: damped hess_min 0.01149, sigma_over_rms of the training 0.15, not_positive "
+        "20,288, precision_max 1774\n"
+    ) in ggn
+    assert "ess 1,000,000, seed 1234, antithetic False, curvature ggn, damping 0.01149\n" in ggn
+    price = shown("p.safetensors", curvature="price", damping=0)
+    assert "kappa 0, hess_noise 0, init_fraction 0, hess_min 0.01149" in price
+    texts = [inspect._setting("x", value) for value in (10**400, 1e300, float("nan"), 0.5, [1])]
+    assert texts == [str(10**400), "1e+300", "nan", "0.5", "[1]"]
+
+
+@pytest.mark.parametrize(("width", "quantiles"), [(160, 7), (80, 3), (60, 1)])
+def test_a_narrow_screen_breaks_no_number(world, width, quantiles):
+    """It shows fewer quantiles, and cuts long names in the middle."""
+    prefix = "base_model.model.language_model_with_a_long_name."
+    mean, precision = ({f"{prefix}{n}": t for n, t in part.items()} for part in world)
+    tiny.posterior("long.safetensors", mean, {n: t * 1.2345e-4 for n, t in precision.items()})
+    tiny.write("other.safetensors", {n: t * np.float32(1.0123) for n, t in mean.items()})
+    report = run_inspect("long.safetensors", "other.safetensors")
+    screen, file = Screen(), io.StringIO()
+    screen.rich = Console(file=file, force_terminal=True, width=width, color_system=None)
+    inspect._show(screen, report)
+    rows = [line.split() for line in file.getvalue().splitlines()]
+    kept = {7: range(7), 3: (0, 3, 6), 1: (3,)}[quantiles]
+    for part in report.layers:
+        cells = [
+            row[1:] for row in rows if row and row[0] == inspect._middle_cut(part.name, len(row[0]))
+        ]
+        stored, gap = part.precision, part.difference
+        assert cells == [
+            [f"{part.parameters:,}", f"{part.rms:.3g}", f"{part.largest:.3g}"],
+            [*(f"{stored.quantiles[i]:.3g}" for i in kept), f"{stored.sigma_ratio:.4g}"],
+            [f"{gap.rms:.3g}", f"{gap.relative:.4g}", f"{gap.largest:.3g}"],
+        ]
+
+
+def test_only_a_long_name_is_cut_in_the_middle():
+    assert inspect._middle_cut("transformer.h.10", 16) == "transformer.h.10"
+    assert inspect._middle_cut("transformer.h.10", 11) == "tran...h.10"

@@ -1,6 +1,6 @@
 """`bmerge inspect`: what is in a checkpoint and its posterior, and how far another one is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
         PrecisionSummary,
     )
     from mergekit_bayes.posterior import PosteriorInfo
+
+_GAP = 2  # spaces between columns
+_NAMES = 30  # characters of a layer's name that are worth more than further quantiles
+_SHORTEST_NAME = 8
+_QUANTILES = ("min", "5%", "25%", "50%", "75%", "95%", "max")
+_SHOWN = ((0, 1, 2, 3, 4, 5, 6), (0, 1, 3, 5, 6), (0, 3, 6), (3,))  # of them, for narrower screens
+# Health numbers of IVON's own estimate, which are zero where `curvature: ggn` takes its place.
+_NOT_OF_GGN = ("init_fraction", "kappa", "hess_noise")
+_LARGEST_COUNT = 1e15
+_DAMPED = ("hess_min", "hess_median", "hess_max")
 
 
 @failures()
@@ -70,7 +80,7 @@ def _show(screen: Screen, report: "InspectReport") -> None:
         _show_precision(screen, report.precision, report.parameters)
     if report.identity is None:  # only headers were read
         rows = [[layer.name, f"{layer.parameters:,}"] for layer in report.layers]
-        screen.print(table(["layer", "parameters"], rows, title="\nweights"))
+        _show_by_layer(screen, ["layer", "parameters"], rows, "\nweights")
     else:
         _show_layers(screen, report)
     if report.comparison is not None:
@@ -98,6 +108,13 @@ def _show_precision(screen: Screen, precision: "PrecisionSummary", parameters: i
         draw = "to draw weights from it (`bmerge evaluate --samples`), give --prior X"
         draw = "weights cannot be drawn from it" if precision.matrices else draw
         screen.print(f"  {draw}: {precision.not_samplable}", markup=False)
+    elif info is not None and info.predictive is not None:
+        width = precision.draws_over_rms
+        ratio = "" if width is None else f", sigma / RMS {width:.2g}"
+        screen.print(
+            "  draws for predictions (bmerge evaluate --samples): prior "
+            f"{info.predictive.prior:.3g}, temperature {info.predictive.temperature:.3g}{ratio}"
+        )
 
 
 def _show_record(screen: Screen, precision: "PrecisionSummary", info: "PosteriorInfo") -> None:
@@ -112,14 +129,27 @@ def _show_record(screen: Screen, precision: "PrecisionSummary", info: "Posterior
     scale = "" if info.ess in (None, info.observations) else f"; scaled by an ess of {info.ess:,g}"
     screen.print(f"  {prior_in_words(info)}; {anchor_in_words(info)}{scale}")
     made = "training" if is_of_training(info) else "estimate"
-    for title, numbers in ((made, info.training), ("health", info.health)):
+    for title, numbers in ((made, info.training), ("health", _health(info))):
         if numbers:
-            pairs = ", ".join(f"{name} {_text(value)}" for name, value in numbers.items())
+            pairs = ", ".join(f"{name} {_setting(name, value)}" for name, value in numbers.items())
             screen.print(f"  {title}: {pairs}", markup=False)
     for term in info.terms:
         screen.print(f"  term {term.label}, scale {term.scale:g}", markup=False)
     for edit in info.edits:
         screen.print(f"  adapted: {edit_in_words(edit, info.unit)}", markup=False)
+
+
+def _health(info: "PosteriorInfo") -> Mapping[str, object]:
+    """The health numbers that exist for this training, by names that say what is in them."""
+    is_ggn = info.training.get("curvature") == "ggn"
+    health: dict[str, object] = {}
+    for name, value in info.health.items():
+        if is_ggn and name in _NOT_OF_GGN and value == 0:
+            continue
+        shown = f"{name} of the training" if name == "sigma_over_rms" else name
+        is_damped = name in _DAMPED and info.training.get("damping")
+        health[f"damped {name}" if is_damped else shown] = value
+    return health
 
 
 def _show_layers(screen: Screen, report: "InspectReport") -> None:
@@ -128,19 +158,55 @@ def _show_layers(screen: Screen, report: "InspectReport") -> None:
         [layer.name, f"{layer.parameters:,}", _short(layer.rms), _short(layer.largest)]
         for layer in report.layers
     ]
-    columns = ["layer", "parameters", "RMS", "max abs"]
-    screen.print(table(columns, rows, title="\nweights"))
+    _show_by_layer(screen, ["layer", "parameters", "RMS", "max abs"], rows, "\nweights")
     if report.precision is not None and report.precision.covered:
-        columns = ["layer", "min", "5%", "25%", "50%", "75%", "95%", "max", "sigma / RMS"]
-        rows = [_precision_row(layer, len(columns)) for layer in report.layers]
-        screen.print(table(columns, rows, title="\nprecision, 1/weight^2"))
+        rows = [_precision_row(layer) for layer in report.layers]
+        columns, rows = _fewer_quantiles(["layer", *_QUANTILES, "sigma / RMS"], rows, screen.width)
+        title = "\nstored precision, 1/weight^2, which merges read"
+        _show_by_layer(screen, columns, rows, title)
 
 
-def _precision_row(layer: "LayerReport", width: int) -> list[str]:
+def _precision_row(layer: "LayerReport") -> list[str]:
     precision = layer.precision
     if precision is None or not precision.quantiles:
-        return [layer.name, *["-"] * (width - 1)]
+        return [layer.name, *["-"] * (len(_QUANTILES) + 1)]
     return [layer.name, *map(_short, precision.quantiles), _text(precision.sigma_ratio)]
+
+
+def _fewer_quantiles(
+    columns: list[str], rows: list[list[str]], width: int
+) -> tuple[list[str], list[list[str]]]:
+    """As many quantiles as leave room for the layers' names on a screen of this width."""
+    names = min(_NAMES, max(len(row[0]) for row in rows))
+    for shown in _SHOWN:
+        picked = [0, *(1 + quantile for quantile in shown), len(columns) - 1]
+        heads, cells = ([[r[i] for i in picked] for r in part] for part in ([columns], rows))
+        if _room_for_names(heads[0], cells, width) >= names:
+            break
+    return heads[0], cells
+
+
+def _show_by_layer(
+    screen: Screen, columns: Sequence[str], rows: Sequence[list[str]], title: str
+) -> None:
+    """Print a table whose names of layers are cut in the middle before a number is broken."""
+    room = max(_SHORTEST_NAME, _room_for_names(columns, rows, screen.width))
+    rows = [[_middle_cut(name, room), *numbers] for name, *numbers in rows]
+    screen.print(table(columns, rows, title=title))
+
+
+def _room_for_names(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
+    """Characters that the other columns leave to the first one."""
+    numbers = list(zip(columns, *rows, strict=True))[1:]
+    return width - sum(_GAP + max(map(len, column)) for column in numbers)
+
+
+def _middle_cut(name: str, room: int) -> str:
+    """A name of at most this length, with the start and the end of the whole one."""
+    if len(name) <= room:
+        return name
+    end = (room - 2) // 2
+    return f"{name[: room - 3 - end]}...{name[-end:]}"
 
 
 def _show_comparison(screen: Screen, report: "InspectReport", other: "Comparison") -> None:
@@ -152,7 +218,7 @@ def _show_comparison(screen: Screen, report: "InspectReport", other: "Comparison
     ]
     rows.append(_difference_row("all", other))
     columns = ["layer", "RMS", "RMS / RMS of weights", "max abs"]
-    screen.print(table(columns, rows, title=f"\ndifference to {other.path}"))
+    _show_by_layer(screen, columns, rows, f"\ndifference to {other.path}")
     _show_names(screen, "only here", other.only_here)
     _show_names(screen, "only there", other.only_there)
 
@@ -169,3 +235,11 @@ def _text(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _setting(name: str, value: object) -> str:
+    """An entry of a record; counts, which may be stored as floats, are shown in full."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or name == "seed":
+        return _text(value)
+    is_count = abs(value) < _LARGEST_COUNT and value == int(value)
+    return f"{value:,.0f}" if is_count else _text(value)

@@ -16,8 +16,8 @@ class PrecisionLayer(Frozen):
     Attributes:
         parameters: Parameters that have a precision.
         quantiles: The smallest, the `QUANTILES`, the largest.
-        sigma_ratio: Posterior deviation at the median precision over the RMS of the weights; None
-            if either is zero.
+        sigma_ratio: Posterior deviation at the median of the stored precision over the RMS of the
+            weights; None if either is zero.
         zeros: Parameters whose precision is zero.
         bad: Parameters whose precision is negative or not finite.
     """
@@ -88,6 +88,9 @@ class PrecisionSummary(Frozen):
             were read, or most entries have no number of their own.
         not_samplable: Why weights cannot be drawn from it (`bmerge evaluate --samples`), of numbers
             unless a prior is given.
+        draws_over_rms: Median deviation of the draws for predictions over the RMS of the weights,
+            at the median matrix; None where `info` has no `predictive`, where only headers were
+            read, and for BASE+ADAPTER, of which the factors are drawn.
     """
 
     files: tuple[str, ...]
@@ -101,6 +104,7 @@ class PrecisionSummary(Frozen):
     bad: int | None
     information: Information | None = None
     not_samplable: str | None = None
+    draws_over_rms: float | None = None
     matrices: int = 0
 
 

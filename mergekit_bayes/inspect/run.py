@@ -6,6 +6,7 @@ Hub only the headers are read (`headers`), and its report has no values.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from statistics import median
 
 from mergekit_bayes.checkpoint.layers import group_layers
 from mergekit_bayes.checkpoint.rename_rules import Scope
@@ -25,7 +26,7 @@ from mergekit_bayes.inspect.report import (
 )
 from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, difference_of
 from mergekit_bayes.lora import open_model
-from mergekit_bayes.models.sampling import MATRICES, sampling_obstacle
+from mergekit_bayes.models.sampling import MATRICES, sampling_obstacle, stored_prior
 from mergekit_bayes.posterior import Posterior, PosteriorInfo, identify
 from mergekit_bayes.posterior.alignment import needs_weights
 from mergekit_bayes.posterior.directions import matrices_in
@@ -205,8 +206,24 @@ def _precision_summary(
         bad=sum(total.precision.bad for total in totals),
         information=_information(posterior, names, info),
         not_samplable=MATRICES if matrices else sampling_obstacle(info),
+        # Of BASE+ADAPTER the factors are drawn, and the totals are those of their products.
+        draws_over_rms=None if matrices or posterior.parts else _draws_over_rms(info, totals),
         matrices=matrices,
     )
+
+
+def _draws_over_rms(info: PosteriorInfo | None, totals: list[LayerTotals]) -> float | None:
+    """How wide the draws for predictions are, as `SamplingReport.sigma_over_rms` measures it."""
+    if info is None or info.predictive is None:
+        return None
+    draws, inside = info.predictive, stored_prior(info)
+    ratios = [
+        (draws.temperature / (max(width.median - inside, 0) + draws.prior)) ** 0.5 / width.rms
+        for total in totals
+        for width in total.widths
+        if width.rms > 0
+    ]
+    return median(ratios) if ratios else None
 
 
 def _information(

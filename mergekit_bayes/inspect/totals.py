@@ -21,6 +21,7 @@ from mergekit_bayes.posterior.stored import stored_numbers
 
 _CHUNK = 1 << 18  # elements
 _BINS = 1 << 16
+_MEDIAN = QUANTILES.index(0.5)
 _INFINITY = 0x7F80  # upper 16 bits of a float32 infinity; finite values lie below
 
 
@@ -44,6 +45,18 @@ class TensorMatch(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+class MatrixWidth(NamedTuple):
+    """What the width of the draws of a matrix is computed from.
+
+    Attributes:
+        median: Median of its stored precision.
+        rms: RMS of its weights.
+    """
+
+    median: float
+    rms: float
+
+
 class LayerTotals:
     """Sums over the tensors of one layer.
 
@@ -56,6 +69,7 @@ class LayerTotals:
         largest: Largest absolute finite value.
         precision: Sums over the precision.
         difference: Sums over the difference to the other model.
+        widths: One for each tensor with a precision and two or more axes.
     """
 
     def __init__(self, name: str) -> None:
@@ -64,6 +78,7 @@ class LayerTotals:
         self.squares = self.largest = 0.0
         self.precision = PrecisionTotals()
         self.difference = DifferenceTotals()
+        self.widths: list[MatrixWidth] = []
 
     def add(self, name: str, posterior: Posterior, other: TensorMatch | None) -> None:
         """Read a tensor, its precision and its partner in the other model, chunk by chunk."""
@@ -77,6 +92,7 @@ class LayerTotals:
             numbers is not None or precision.specs[stored].size < spec.size
         )
         partner = other.partners.get(name) if other else None
+        squares_before, histogram_before = self.squares, self.precision.histogram.copy()
         for start, stop in chunks(spec, _CHUNK):
             weights = read_chunk(posterior.mean, name, start, stop).astype(np.float64)
             squares = self._add_weights(weights)
@@ -91,6 +107,11 @@ class LayerTotals:
         if precision is not None and is_pooled:
             numbers = (read_tensor(precision, stored) if numbers is None else numbers).reshape(-1)
             self.precision.add(numbers, stands_for=spec.size // numbers.size)
+        histogram = self.precision.histogram - histogram_before
+        if len(spec.shape) > 1 and histogram.any():
+            median = _histogram_quantiles(histogram)[_MEDIAN]
+            rms = root_mean_square(self.squares - squares_before, spec.size)
+            self.widths.append(MatrixWidth(median, rms))
 
     def report(self) -> LayerReport:
         """The layer's part of a report."""
@@ -162,7 +183,7 @@ class PrecisionTotals:
                 for quantile in _histogram_quantiles(self.histogram)
             ]
             quantiles = (self.smallest, *inner, self.largest)
-            median = inner[QUANTILES.index(0.5)]
+            median = inner[_MEDIAN]
             rms = root_mean_square(self.squares, self.parameters)
             sigma_ratio = median**-0.5 / rms if median > 0 and rms > 0 else None
         return PrecisionLayer(

@@ -214,7 +214,7 @@ class PosteriorDraws:
         self._temperature = temperature
         self._seed = seed
         self._prior = prior
-        self._stored_prior = _stored_prior(posterior.info)
+        self._stored_prior = stored_prior(posterior.info)
         self._places = find_places(model, posterior)
         self._means: list[tuple[Tensor, Tensor]] | None = None  # parameter, copy of its mean
         self.report = self._describe(model)
@@ -325,7 +325,7 @@ def _width(
     return prior, 1.0 if temperature is None else temperature
 
 
-def _stored_prior(info: PosteriorInfo | None) -> float:
+def stored_prior(info: PosteriorInfo | None) -> float:
     """The prior precision that every entry of S contains; 0 where that is not one number."""
     if info is None or info.prior.kind not in ("isotropic", "base"):
         return 0.0
