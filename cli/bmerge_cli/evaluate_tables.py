@@ -42,15 +42,17 @@ def _show_perplexity(screen: Screen, report: "EvaluateReport") -> None:
         "95 % interval"
     )
     columns = ["texts", "token", "word", "byte", "bits/byte", "nats/token", "tokens"]
-    rows = []
+    rows, changes = [], []
     for name, measured in report.perplexity.items():
         rows.append(_perplexity_row(name, measured))
         if report.sampled:
             draws = f"  {report.sampled.draws.samples} samples"
             rows.append(_perplexity_row(draws, report.sampled.perplexity[name]))
             change = _change(report.sampled.loss_change[name])
-            rows.append(["  change", "", "", "", "", change, ""])
+            changes.append(f"change on {name} by samples: {change} nats a token")
     screen.print(table(columns, rows, title=title))
+    for change in changes:
+        screen.print(change)
     if first.special_tokens and first.protocol == "rolling":
         screen.print(
             "note: the tokenizer adds special tokens to a text. They are not scored here; lm-eval "
