@@ -70,6 +70,7 @@ def test_draws_are_averaged_as_probabilities(report):
 
 def test_the_means_are_over_the_cells_that_have_all_rows(report):
     row = dict.fromkeys(report.SCORES, 0.5) | {"seconds": 1.0}
+    row |= {f"shift {score}": 0.5 for score in ("accuracy", "nll", "ece")}
     at_mean = ("ivon, at the mean", "ivon, at the mean, temperature")
     names = ("adamw", "adamw, temperature", *at_mean, "ivon, 8 draws", "ivon, 32 draws")
     whole = {name: [row | {"nll": 0.2}, row | {"nll": 0.4}] for name in names}
@@ -78,6 +79,21 @@ def test_the_means_are_over_the_cells_that_have_all_rows(report):
     assert "means over 2 cells" in text
     assert text.count("| 0.600 |") == 6  # the mean of 0.3 and 0.9
     assert report._means({("c", "1"): {"adamw": [row]}}) == ""
+
+
+def test_differences_are_of_models_of_one_cell_and_seed(report):
+    row = {score: 0.5 for score, _ in report.GOALS}
+    cells = [
+        {
+            "adamw": [row, row],
+            "adamw, temperature": [row, row | {"nll": 0.8}],
+            "drawn": [row | {"nll": 0.4}, row | {"nll": 0.9}],
+        },
+        {"adamw": [row], "adamw, temperature": [row | {"nll": 0.7}], "drawn": [row]},
+    ]
+    text = report._paired(cells, "drawn")
+    assert "3 models" in text
+    assert "| nll, less adamw, temperature | -0.067 | -0.200 | +0.100 | 2 of 3 |" in text
 
 
 def test_the_controls_have_the_posteriors_noise_without_its_knowledge(scripts, tmp_path):

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 SCORES = ("accuracy", "nll", "ece", "reliability", "brier", "auroc")
 HEADS = {"reliability": "debiased"}
+# Scores on which the defaults are judged, and what they are compared with.
+GOALS = (
+    *(("accuracy", "adamw"), ("nll", "adamw, temperature"), ("ece", "adamw")),
+    *(("shift accuracy", "adamw"), ("shift nll", "adamw, temperature"), ("shift ece", "adamw")),
+)
 SMALL = "small.jsonl"
 _BINS = 15
 Row = dict[str, float]
@@ -155,7 +160,29 @@ def _means(by_cell: Mapping[tuple[str, str], Mapping[str, list[Row]]]) -> str:
             for found in cells
         ]
         means[name] = [{c: float(np.mean([o[c] for o in of_cells])) for c in of_cells[0]}]
-    return _table(f"means over {len(cells)} cells", means)
+    return f"{_table(f'means over {len(cells)} cells', means)}\n\n{_paired(cells, by_count[-1])}"
+
+
+def _paired(cells: Sequence[Mapping[str, list[Row]]], drawn: str) -> str:
+    """What the goals are about, as differences of models of the same cell and seed."""
+    models = sum(len(found[drawn]) for found in cells)
+    lines = [
+        f"{drawn}, less another of the same cell and seed; {models} models:",
+        "",
+        "| | mean | least | greatest | lower in |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for score, other in GOALS:
+        changes = [
+            one[score] - another[score]
+            for found in cells
+            for one, another in zip(found[drawn], found[other], strict=False)
+        ]
+        numbers = (np.mean(changes), min(changes), max(changes))
+        lower = sum(change < 0 for change in changes)
+        shown = " | ".join(f"{number:+.3f}" for number in numbers)
+        lines.append(f"| {score}, less {other} | {shown} | {lower} of {len(changes)} |")
+    return "\n".join(lines)
 
 
 def _table(title: str, found: Mapping[str, list[Row]]) -> str:
