@@ -4,6 +4,7 @@
     ├── CheckpointError   a file cannot be read, written or trusted
     ├── MismatchError     inputs do not belong together
     ├── PrecisionError    a precision is missing, of other weights, or invalid
+    │   └── NoDrawsError  a model has no posterior that weights can be drawn from
     └── ConfigError       an option or a config key makes no sense
 
 The command line turns these into one message and exit code 2; anything else is a bug.
@@ -39,7 +40,15 @@ class PrecisionError(BmergeError):
 
 
 class NoDrawsError(PrecisionError):
-    """A model has no posterior that weights can be drawn from."""
+    """A model has no posterior that weights can be drawn from.
+
+    Attributes:
+        reason: Why not, in words that follow the model's name.
+    """
+
+    def __init__(self, message: str, reason: str = "no posterior can be drawn from") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ConfigError(BmergeError):

@@ -377,7 +377,7 @@ def test_every_two_models_are_compared_by_their_scorers(models, world, monkeypat
     """Not only with the first: two of the others may be what scorers disagree about."""
     given = []
 
-    def spy(evaluations, changes, of_pairs):
+    def spy(evaluations, changes, of_pairs, *rest):
         given.extend(dict.fromkeys((d.label, d.against) for d in of_pairs))
         return findings(evaluations, changes, of_pairs)
 

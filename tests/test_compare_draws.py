@@ -4,7 +4,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.compare.draws import draw_notes
 from mergekit_bayes.compare.markdown import as_markdown
 from mergekit_bayes.compare.run import run_compare
@@ -38,7 +40,7 @@ def test_a_model_without_draws_is_compared_at_its_mean(tmp_path):
     first, second = (one.report for one in report.evaluations)
     assert first.sampled is not None
     assert second.sampled is None
-    assert any("drawn from a posterior of plain" in finding for finding in report.findings)
+    assert "plain was not drawn, since it has no precision: " in " ".join(report.findings)
     changes = {d.measure: d.change.value for d in report.differences}
     before, after = first.sampled.classification["a"], second.classification["a"]
     over = changes["nats an example, over samples"]
@@ -50,7 +52,7 @@ def test_a_model_without_draws_is_compared_at_its_mean(tmp_path):
         assert shown[f"{measure}, over samples"]["drawn"] is not None
     page = as_markdown(report)
     assert "drawn: 2 samples of" in page
-    assert "drawn from a posterior of plain" in page
+    assert "plain was not drawn" in page
     with pytest.raises(NoDrawsError, match="plain"):
         compare(plain, other)
     wrong = tiny_models.tiny_bert(tmp_path / "wrong", seed=4)
@@ -62,13 +64,13 @@ def test_a_model_without_draws_is_compared_at_its_mean(tmp_path):
         compare(drawn, wrong)
 
 
-def notes_of(**draws):
+def notes_of(*, alone=True, **draws):
     """What is said of draws, of a report in which nothing was measured."""
     report = {"samples": 2, "seed": 0, "temperature": 1.0, "prior": 5.0, "given": False}
     report |= {"estimator": "ggn", "ess": 1e6, "observations": 1e3, "parameters": 9, "held": 0}
     report |= {"sigma_over_rms": 0.001, "largest_sigma": 1.0}
     sampled = SampledReport(draws=SamplingReport(**report | draws))
-    return list(draw_notes(SimpleNamespace(sampled=sampled, classification={})))
+    return list(draw_notes(SimpleNamespace(sampled=sampled, classification={}), alone=alone))
 
 
 def test_the_advice_on_draws_can_be_followed():
@@ -81,22 +83,74 @@ def test_the_advice_on_draws_can_be_followed():
     assert "3.2 of the RMS" in narrow
     far, wide = notes_of(sigma_over_rms=3.0)
     assert "--" not in far
-    assert "--prior 5e+02 or --posterior-temperature 0.01" in wide
+    assert "; with --prior 5e+02 or more, or --posterior-temperature 0.01 they" in wide
+    (followed,) = notes_of(sigma_over_rms=3.0, temperature=1000.0)
+    assert "data held" not in followed
+    (near,) = notes_of(sigma_over_rms=0.305, ess=None)
+    assert "--prior 5.2 or more, or --posterior-temperature 0.97" in near
     assert notes_of(recorded=True, sigma_over_rms=0.26) == []
+    # Options hold for all models of a comparison, of which others may be drawn well.
+    assert all("measured alone, " in note for note in notes_of(alone=False))
+    assert "measured alone, " in notes_of(sigma_over_rms=3.0, alone=False)[1]
 
 
 @pytest.mark.parametrize(
-    ("confidence", "worse", "told"), [(0.7, True, 1), (0.9, True, 0), (0.7, False, 0)]
+    ("confidence", "over_samples", "low", "width", "told"),
+    [
+        (0.7, 0.6, 0.02, 0.2, 1),
+        (0.9, 0.8, 0.02, 0.2, 0),  # surer than it is right
+        (0.7, 0.6, -0.02, 0.2, 0),  # not visibly worse
+        (0.7, 0.9, 0.02, 0.2, 0),  # worse for another reason
+        (0.7, 0.6, 0.02, 2.0, 0),  # for the reason that is told
+    ],
 )
-def test_averaging_an_unsure_model_is_advised_against(confidence, worse, told):
-    def interval(value, low, high):
-        return Interval(value=value, low=low, high=high)
+def test_averaging_an_unsure_model_is_advised_against(confidence, over_samples, low, width, told):
+    def of(confidence):
+        return SimpleNamespace(
+            confidence=confidence, accuracy=Interval(value=0.8, low=0.75, high=0.85)
+        )
 
-    change = interval(0.05, 0.02, 0.08) if worse else interval(0.05, -0.02, 0.12)
-    at_mean = SimpleNamespace(confidence=confidence, accuracy=interval(0.8, 0.75, 0.85))
-    draws = SimpleNamespace(recorded=True, ess=None, observations=None, sigma_over_rms=0.2)
-    sampled = SimpleNamespace(draws=draws, classification_change={"a": SimpleNamespace(nll=change)})
-    report = SimpleNamespace(sampled=sampled, classification={"a": at_mean})
-    notes = list(draw_notes(report))
-    assert len(notes) == told
-    assert all("predict at the mean" in note for note in notes)
+    draws = {"recorded": True, "ess": None, "observations": None, "sigma_over_rms": width}
+    change = SimpleNamespace(nll=Interval(value=0.05, low=low, high=0.1))
+    sampled = SimpleNamespace(
+        draws=SimpleNamespace(temperature=1.0, **draws),
+        classification={"a": of(over_samples)},
+        classification_change={"a": change},
+    )
+    report = SimpleNamespace(sampled=sampled, classification={"a": of(confidence)})
+    assert sum("predict at the mean" in note for note in draw_notes(report)) == told
+
+
+@pytest.mark.parametrize("with_plain", [False, True])
+def test_variants_have_no_draws_and_are_compared_without(tmp_path, with_plain):
+    models = [tiny_models.tiny_bert(tmp_path / name, seed=i) for i, name in enumerate(("a", "b"))]
+    tiny_models.give_posterior(models[0])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "the cat sat", "label": 0}) + "\n")
+    config = CompareConfig(
+        models=tuple(map(str, models[: 1 + with_plain])),
+        classify={"x": str(rows)},
+        samples=2,
+        four_bits=True,
+        dtype="auto",
+    )
+    report = run_compare(config, quiet=True)
+    assert {one.report.dtype for one in report.evaluations} == {"float32"}
+    assert all(
+        one.report.settings["prior"] is None and (one.report.sampled is None) == (i > 0)
+        for i, one in enumerate(report.evaluations)
+    )
+    over = {(d.label, d.against) for d in report.differences if "over samples" in d.measure}
+    assert over == ({("b", "a")} if with_plain else set())
+    assert sum("was not drawn" in finding for finding in report.findings) == with_plain
+
+
+def test_a_set_may_have_the_name_of_a_column(tmp_path):
+    model = tiny_models.tiny_bert(tmp_path / "a")
+    tiny_models.give_posterior(model)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "the cat sat", "label": 0}) + "\n")
+    command = ["evaluate", str(model), "--classify", f"change={rows}", "--samples", "2"]
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "300"}).stderr
+    (head,) = (line for line in shown.splitlines() if line.startswith("measure"))
+    assert head.split() == ["measure", "change", "2", "samples", "change"]

@@ -516,7 +516,7 @@ def test_the_command_shows_mean_and_samples_side_by_side(
         "ECE and reliability by 4 bins",
         "reliability: squared calibration error",
         "labels are read by softmax: config.json names no problem_type, and there are two labels",
-        "3 samples",
+        " 3 samples   ",
         "change",
         "calibration of test",
         "prior precision 20 (stored)",

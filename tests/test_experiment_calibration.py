@@ -70,6 +70,7 @@ def test_draws_are_averaged_as_probabilities(report):
 
 def test_the_means_are_over_the_cells_that_have_all_rows(report):
     row = dict.fromkeys(report.SCORES, 0.5) | {"seconds": 1.0}
+    row |= {"seed": 0}
     row |= {f"shift {score}": 0.5 for score in ("accuracy", "nll", "ece")}
     at_mean = ("ivon, at the mean", "ivon, at the mean, temperature")
     names = ("adamw", "adamw, temperature", *at_mean, "ivon, 8 draws", "ivon, 32 draws")
@@ -82,12 +83,12 @@ def test_the_means_are_over_the_cells_that_have_all_rows(report):
 
 
 def test_differences_are_of_models_of_one_cell_and_seed(report):
-    row = {score: 0.5 for score, _ in report.GOALS}
+    row = {score: 0.5 for score, _ in report.GOALS} | {"seed": 0}
     cells = [
         {
-            "adamw": [row, row],
-            "adamw, temperature": [row, row | {"nll": 0.8}],
-            "drawn": [row | {"nll": 0.4}, row | {"nll": 0.9}],
+            "adamw": [row, row | {"seed": 1}],
+            "adamw, temperature": [row | {"nll": 0.8, "seed": 1}, row],
+            "drawn": [row | {"nll": 0.4}, row | {"nll": 0.9, "seed": 1}],
         },
         {"adamw": [row], "adamw, temperature": [row | {"nll": 0.7}], "drawn": [row]},
     ]

@@ -116,8 +116,8 @@ def test_evaluate_averages_the_predictions_of_the_runs(mixture, tmp_path):
     nats = -np.log([row[i % 3] for i, row in enumerate(averaged)]).mean()
     arguments = f"evaluate {mixture / 'm'} --classify x={file} --samples 4 --bootstrap 0"
     shown = CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "1000"}).stderr
-    assert f"a mixture: samples 1 of '{names[0]}', 3 of '{names[1]}'; the prior precision" in shown
-    assert f"deviation over RMS above are those of '{names[0]}'" in shown
+    assert f"a mixture: samples 1 of '{names[0]}', 3 of '{names[1]}', and the entries" in shown
+    assert f"the prior precision are those of '{names[0]}'" in shown
     assert report.sampled.classification["x"].nll.value == pytest.approx(nats, rel=1e-5)
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def show_compare(screen: Screen, report: "CompareReport") -> None:
     """Print the disagreement of scorers if there is one, all numbers, differences and findings."""
-    from mergekit_bayes.compare.draws import draw_notes
+    from mergekit_bayes.compare.draws import draw_notes, draws_in_words
     from mergekit_bayes.compare.findings import is_disagreement
     from mergekit_bayes.compare.wording import bias_in_words, cuts, readings
 
@@ -24,8 +24,11 @@ def show_compare(screen: Screen, report: "CompareReport") -> None:
         screen.print(reading)
     for spec, bias in scorers.bias.items():
         screen.print(bias_in_words(spec, bias))
+    alone = len({one.model for one in report.evaluations}) == 1
     for one in report.evaluations:
-        for note in (*cuts(one.report), *draw_notes(one.report)):
+        if one.report.sampled is not None:
+            screen.print(f"{one.label}: {draws_in_words(one.report.sampled.draws)}")
+        for note in (*cuts(one.report), *draw_notes(one.report, alone=alone)):
             screen.print(f"note: {one.label}: {note}")
     for finding in report.findings:
         if finding not in first:
@@ -38,10 +41,10 @@ def _show_scores(screen: Screen, report: "CompareReport") -> None:
     columns = columns_of(report.evaluations)
     names = [named(c.measure, c.of) for c in columns]
     models = {e.label: [cell(c, e.label) for c in columns] for e in report.evaluations}
-    show_beside(screen, "models side by side; [95 % interval]", "measure", names, models)
+    show_beside(screen, "models side by side; [95 % interval]", "measure", names, models.items())
     for against, names, changes in changes_of(report.differences):
         title = "differences, paired; [95 % interval of each difference alone]"
-        show_beside(screen, title, f"less {against}", names, changes)
+        show_beside(screen, title, f"less {against}", names, changes.items())
 
 
 def _show_agreement(screen: Screen, report: "CompareReport") -> None:

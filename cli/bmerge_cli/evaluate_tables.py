@@ -74,20 +74,20 @@ def _perplexity_row(name: str, measured: "PerplexityReport") -> list[str]:
 
 def _show_classification(screen: Screen, report: "EvaluateReport") -> None:
     bins = report.settings["bins"]
-    title = f"classification; ECE and reliability by {bins} bins; [95 % interval]"
-    columns = {}
+    title: str | None = f"classification; ECE and reliability by {bins} bins; [95 % interval]"
+    columns: list[tuple[str, list[str]]] = []
     for name, measured in report.classification.items():
-        columns[name] = _classification_cells(measured)
+        columns.append((name, _classification_cells(measured)))
         if report.sampled:
             draws = f"{report.sampled.draws.samples} samples"
-            columns[draws] = _classification_cells(report.sampled.classification[name])
+            columns.append((draws, _classification_cells(report.sampled.classification[name])))
             change = report.sampled.classification_change[name]
             changes = (change.accuracy, change.nll, change.brier, change.reliability, change.ece)
-            columns["change"] = [*map(_change, changes), "", ""]
-            show_beside(screen, title, "texts", _CLASSIFICATION, columns)
-            columns, title = {}, ""
+            columns.append(("change", [*map(_change, changes), "", ""]))
+            show_beside(screen, title, "measure", _CLASSIFICATION, columns)
+            columns, title = [], None
     if columns:
-        show_beside(screen, title, "texts", _CLASSIFICATION, columns)
+        show_beside(screen, title, "measure", _CLASSIFICATION, columns)
     if report.label_reading:
         screen.print(f"labels are read by {report.label_reading}")
     screen.print(
@@ -130,16 +130,7 @@ def _show_calibration(
 def _show_draws(screen: Screen, report: "EvaluateReport", sampled: "SampledReport") -> None:
     from mergekit_bayes.compare.draws import draw_notes, draws_in_words
 
-    draws = sampled.draws
-    screen.print(draws_in_words(draws))
-    if draws.components is not None and draws.runs is not None:
-        drawn = [(n, run) for n, run in zip(draws.components, draws.runs, strict=True) if n]
-        counts = ", ".join(f"{n} of '{run}'" for n, run in drawn)
-        screen.print(
-            f"  a mixture: samples {counts}; the prior precision, the entries at the mean and the "
-            f"deviation over RMS above are those of '{drawn[0][1]}'",
-            markup=False,
-        )
+    screen.print(draws_in_words(sampled.draws))
     for note in draw_notes(report):
         screen.print(f"note: {note}")
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bmerge_cli.render import Json, Quiet, Screen, console, failures, print_json, table
+from bmerge_cli.render import GAP, Json, Quiet, Screen, console, failures, print_json, table
 from mergekit_bayes.posterior.wording import (
     anchor_in_words,
     edit_in_words,
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     )
     from mergekit_bayes.posterior import PosteriorInfo
 
-_GAP = 2  # spaces between columns
 _NAMES = 30  # characters of a layer's name that are worth more than further quantiles
 _SHORTEST_NAME = 8
 _QUANTILES = ("min", "5%", "25%", "50%", "75%", "95%", "max")
@@ -198,7 +197,7 @@ def _show_by_layer(
 def _room_for_names(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
     """Characters that the other columns leave to the first one."""
     numbers = list(zip(columns, *rows, strict=True))[1:]
-    return width - sum(_GAP + max(map(len, column)) for column in numbers)
+    return width - sum(GAP + max(map(len, column)) for column in numbers)
 
 
 def _middle_cut(name: str, room: int) -> str:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Characters of an error. What is said is far below, unless a file made a name or a list longer: a
 # recipe with a value of a megabyte, or with ten thousand unknown keys.
 _LONGEST_MESSAGE = 8000
-_GAP = 2  # spaces between columns
+GAP = 2  # spaces between columns
 _NAMES = 30  # characters; longer names of measures go on in the next line where columns need room
 
 NOTHING_WRITTEN = "nothing was written; the same line starts again"
@@ -142,18 +142,18 @@ def show_beside(
     title: str | None,
     head: str,
     names: Sequence[str],
-    columns: Mapping[str, Sequence[str]],
+    columns: Iterable[tuple[str, Sequence[str]]],
 ) -> None:
     """Print a row for each name, and beside each other as many columns as the screen holds.
 
     Args:
         screen: Where it is printed.
-        title: Of the first table.
-        head: Of the names.
+        title: Title of the first table.
+        head: Head of the first column.
         names: The first column.
-        columns: The others by their head, a cell for each name.
+        columns: Head and cells of each other column, a cell for each name.
     """
-    for beside in _fitting([head, *names], [[h, *c] for h, c in columns.items()], screen.width):
+    for beside in _fitting([head, *names], [[h, *c] for h, c in columns], screen.width):
         rows = zip(names, *(column[1:] for column in beside), strict=True)
         heads = [head, *(column[0] for column in beside)]
         screen.print(table(heads, [list(row) for row in rows], title=title))
@@ -168,7 +168,7 @@ def _fitting(
     names = min(_widest(first), _NAMES)
     room = width - names
     for column in columns:
-        need = _widest(column) + _GAP
+        need = _widest(column) + GAP
         if group and need > room:
             yield group
             group, room = [], width - names

@@ -47,7 +47,7 @@ def differences(
     found = []
     for before, after in _pairs(measured):
         labels = {"label": after.evaluated.label, "against": before.evaluated.label}
-        for measure, of, change in _changes(config, before.evaluation, after.evaluation, inputs):
+        for measure, of, change in _changes(config, before, after, inputs):
             shown = change if config.bootstrap else Interval(value=change.value)
             found.append(Difference(**labels, measure=measure, of=of, change=shown))
     return tuple(found)
@@ -84,13 +84,16 @@ def _pairs(measured: Sequence[Measured]) -> Iterator[tuple[Measured, Measured]]:
 
 
 def _changes(
-    config: CompareConfig, before: Evaluation, after: Evaluation, inputs: Inputs
+    config: CompareConfig, one: Measured, other: Measured, inputs: Inputs
 ) -> Iterator[Change]:
+    before, after = one.evaluation, other.evaluation
     yield from _of_toxicity(before, after)
     old, new = before.report, after.report
     yield from _of_texts(config, old.perplexity, new.perplexity, inputs, "")
     yield from _of_labels(config, old.classification, new.classification, "")
-    if old.sampled or new.sampled:
+    # A variant has no draws by design, a model only where it has no posterior.
+    are_models = one.evaluated.variant == other.evaluated.variant == "as it is"
+    if (old.sampled or new.sampled) and are_models:
         old_draws, new_draws = old.sampled or old, new.sampled or new
         yield from _of_texts(config, old_draws.perplexity, new_draws.perplexity, inputs, _SAMPLED)
         yield from _of_labels(config, old_draws.classification, new_draws.classification, _SAMPLED)

@@ -4,8 +4,9 @@ One scorer's word is no truth: where two scorers disagree about which of two mod
 that comes first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from types import MappingProxyType
 
 from mergekit_bayes.compare.differences import are_comparable
 from mergekit_bayes.compare.report import Difference, Evaluated
@@ -23,6 +24,7 @@ def findings(
     evaluations: Sequence[Evaluated],
     differences: Sequence[Difference],
     of_pairs: Sequence[Difference],
+    at_mean: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, ...]:
     """Sentences about models side by side, disagreements first.
 
@@ -30,12 +32,13 @@ def findings(
         evaluations: The models and variants.
         differences: Those of the report.
         of_pairs: Changes of toxicity between every two models, and of variants from their models.
+        at_mean: Models of which nothing could be drawn, beside others, and why.
     """
     return (
         *_disagreements(of_pairs),
         *_same_weights(evaluations),
         *_other_windows(evaluations),
-        *_without_draws(evaluations),
+        *_without_draws(evaluations, at_mean),
         *_by_pair(differences),
         *_how_sure(differences),
     )
@@ -118,14 +121,12 @@ def _by_pair(differences: Sequence[Difference]) -> Iterator[str]:
             yield f"{label} against {against}: no difference beyond its interval in {what}."
 
 
-def _without_draws(evaluations: Sequence[Evaluated]) -> Iterator[str]:
-    if not any(one.report.sampled for one in evaluations):
-        return
+def _without_draws(evaluations: Sequence[Evaluated], at_mean: Mapping[str, str]) -> Iterator[str]:
     for one in evaluations:
-        if one.report.sampled is None:
+        if one.model in at_mean and one.variant == "as it is":
             yield (
-                f"Nothing can be drawn from a posterior of {one.label}: it is measured at its mean "
-                "alone, and differences over samples are from there."
+                f"{one.label} was not drawn, since {at_mean[one.model]}: it is measured at its "
+                "mean alone, and differences over samples are from there."
             )
 
 

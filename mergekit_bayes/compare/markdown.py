@@ -121,7 +121,8 @@ def _how(report: CompareReport) -> Iterator[str]:
     for one in report.evaluations:
         if one.report.sampled is not None:
             yield text(f"{one.label}: {draws_in_words(one.report.sampled.draws)}.")
-        notes = (*cuts(one.report), *draw_notes(one.report))
+        alone = len({e.model for e in report.evaluations}) == 1
+        notes = (*cuts(one.report), *draw_notes(one.report, alone=alone))
         yield from (f"{text(one.label)}: {text(note)}." for note in notes)
     # In one piece: a version alone would be escaped as the number of a list item, 0\.1.0.
     yield text(f"bmerge {report.version}; all settings and numbers are in report.json.")

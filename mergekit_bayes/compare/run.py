@@ -1,6 +1,6 @@
 """Measure models side by side, one at a time in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ def run_compare(
         at_mean = main_first(lambda: _refuse_models(config))
         inputs = main_first(lambda: read_inputs(config))
         measured = list(_measure(config, labels, at_mean, inputs, tell))
-    report = _report(config, measured, inputs)
+    report = _report(config, measured, at_mean, inputs)
     if config.output is not None:
         output = Path(config.output)
         on_main(lambda: write_compare(output, report, measured, force=config.force))
@@ -72,11 +72,11 @@ def _refuse(config: CompareConfig) -> None:
     refuse_variants(config)
 
 
-def _refuse_models(config: CompareConfig) -> frozenset[str]:
+def _refuse_models(config: CompareConfig) -> dict[str, str]:
     """Refuse what the models' files tell, before the first one is measured for long.
 
     Returns:
-        The models that are measured at their mean alone: the others have draws, and they have none.
+        The models that are measured at their mean alone, and why: others have draws, they have not.
 
     Raises:
         BmergeError: Also where draws are asked for and no model has any.
@@ -94,25 +94,23 @@ def _refuse_models(config: CompareConfig) -> frozenset[str]:
                 without[model] = error
     if without and len(without) == len(config.models):
         raise next(iter(without.values()))
-    return frozenset(without)
+    return {model: error.reason for model, error in without.items()}
 
 
 def _measure(
     config: CompareConfig,
     labels: list[str],
-    at_mean: frozenset[str],
+    at_mean: Mapping[str, str],
     inputs: Inputs,
     tell: StepProgress,
 ) -> Iterator[Measured]:
     taken = list(labels)
     for label, model in zip(labels, config.models, strict=True):
-        with closing(variants_of(config, model)) as variants:
+        with closing(variants_of(config, model, drawn=model not in at_mean)) as variants:
             for variant, settings, change in variants:
                 name = variant_label(label, variant, taken)
                 taken.append(name)
                 several = len(config.models) > 1 or variant != "as it is"
-                if model in at_mean:
-                    settings = settings.model_copy(update={"samples": None})
                 told = partial(_tell_of, tell, name) if several else tell
                 with _named(name, model) if several else nullcontext():
                     evaluation = evaluate_model(settings, inputs, told, change)
@@ -132,7 +130,9 @@ def _named(label: str, model: str) -> Iterator[None]:
         raise type(error)(f"{label}: {error}") from None
 
 
-def _report(config: CompareConfig, measured: list[Measured], inputs: Inputs) -> CompareReport:
+def _report(
+    config: CompareConfig, measured: list[Measured], at_mean: Mapping[str, str], inputs: Inputs
+) -> CompareReport:
     """The report, and into `measured` where each evaluation is written."""
     alone = is_alone([m.evaluated for m in measured])
     for i, one in enumerate(measured):
@@ -145,7 +145,7 @@ def _report(config: CompareConfig, measured: list[Measured], inputs: Inputs) -> 
         settings=config.model_dump(mode="json"),
         evaluations=evaluations,
         differences=changes,
-        findings=findings(evaluations, changes, toxicity_changes(config, measured)),
+        findings=findings(evaluations, changes, toxicity_changes(config, measured), at_mean),
         path=config.output,
     )
 

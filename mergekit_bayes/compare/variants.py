@@ -16,7 +16,7 @@ _OF_THE_POSTERIOR = ("samples", "prior", "posterior_temperature", "precision")
 
 
 def variants_of(
-    config: CompareConfig, model: str
+    config: CompareConfig, model: str, *, drawn: bool = True
 ) -> Generator[tuple[Variant, EvaluateConfig, Change | None]]:
     """What is measured of one model, one after the other.
 
@@ -27,17 +27,17 @@ def variants_of(
     Args:
         config: The settings of all models; checked by `refuse_variants` and `refuse_models`.
         model: One of them, as the config names it.
+        drawn: Whether it has a posterior, so that it is measured over draws if these are asked for.
 
     Yields:
         The variant, its evaluation, and what to change in the loaded model first, if anything. The
         model as it is refuses there, before it is measured, what its variants would refuse.
     """
-    as_it_is = config.evaluation(model)
+    as_it_is = config.evaluation(model) if drawn else _at_mean(config.evaluation(model))
     has_variants = config.four_bits or config.relearn is not None
     check = Change("as it is", lambda loaded: _refuse_loaded(config, loaded))
     yield "as it is", as_it_is, check if has_variants else None
-    fields = EvaluateConfig.model_fields
-    own = as_it_is.model_copy(update={name: fields[name].default for name in _OF_THE_POSTERIOR})
+    own = _at_mean(as_it_is)
     if config.four_bits:
         yield "in 4 bits", own, Change("in 4 bits", round_to_four_bits)
     if config.relearn is not None:
@@ -46,6 +46,15 @@ def variants_of(
             own,
             Change("relearnt", lambda loaded: relearn(config, model, loaded)),
         )
+
+
+def _at_mean(settings: EvaluateConfig) -> EvaluateConfig:
+    """The evaluation without draws, in the dtype that the models with draws have."""
+    fields = EvaluateConfig.model_fields
+    update = {name: fields[name].default for name in _OF_THE_POSTERIOR}
+    if settings.samples is not None and settings.dtype == "auto":
+        update["dtype"] = "float32"
+    return settings.model_copy(update=update)
 
 
 def refuse_variants(config: CompareConfig) -> None:

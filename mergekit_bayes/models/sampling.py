@@ -138,7 +138,8 @@ def open_samplable(
             raise NoDrawsError(
                 f"no precision for '{ref}' (looked for '{precision_path(posterior.path)}'). "
                 f"Fine-tune it with IVON, make one with `bmerge precision {ref} --data TEXTS "
-                "--prior X`, name one with --precision PATH, or leave out --samples."
+                "--prior X`, name one with --precision PATH, or leave out --samples.",
+                reason="it has no precision",
             )
         if posterior.info is not None and posterior.info.mean.blocks != posterior.identity:
             raise PrecisionError(
@@ -149,7 +150,8 @@ def open_samplable(
         if obstacle is not None and prior is None:
             raise NoDrawsError(
                 f"'{ref}' cannot be sampled: {obstacle}. Give a prior precision per entry with "
-                "--prior X (1/weight^2, on the scale of the summed loss), or leave out --samples."
+                "--prior X (1/weight^2, on the scale of the summed loss), or leave out --samples.",
+                reason=obstacle,
             )
         stack.pop_all()
     return posterior

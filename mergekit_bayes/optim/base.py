@@ -109,7 +109,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         Args:
             train: Take the gradients for `step` when the context closes without an exception;
                 `.grad` is None then. Otherwise the sample is one for prediction.
-            temperature: T, on the variance of samples for prediction; 3 in a fine-tune's record.
+            temperature: T, for samples of prediction only; 3 in the record of a fine-tune.
 
         Raises:
             RuntimeError: The context is opened inside another one.

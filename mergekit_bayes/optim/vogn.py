@@ -124,7 +124,7 @@ class VOGN(PosteriorOptimizer):
         Args:
             train: Take the gradients for `step` when the context closes without an exception.
                 Inside, call `backward` instead of the loss's own.
-            temperature: On the variance of samples for prediction.
+            temperature: Factor on the variance of samples for prediction.
 
         Raises:
             RuntimeError: The context is opened inside another one, or a gradient was not made by

@@ -125,7 +125,7 @@ def tables(world: "World", looks: Mapping["Job", Path]) -> str:
         with np.load(file) as look:
             content = {name: look[name] for name in look.files}
         for name, row in rows_of(world, job, content).items():
-            by_cell[job.name, str(job.cell)][name].append(row)
+            by_cell[job.name, str(job.cell)][name].append(row | {"seed": job.seed})
         if job.method == "adamw":
             plain[job.name, str(job.cell)].append(averaged(content["mean test"]))
     for (name, cell), members in plain.items():
@@ -176,7 +176,9 @@ def _paired(cells: Sequence[Mapping[str, list[Row]]], drawn: str) -> str:
         changes = [
             one[score] - another[score]
             for found in cells
-            for one, another in zip(found[drawn], found[other], strict=False)
+            for one in found[drawn]
+            for another in found[other]
+            if one["seed"] == another["seed"]
         ]
         numbers = (np.mean(changes), min(changes), max(changes))
         lower = sum(change < 0 for change in changes)

@@ -160,14 +160,10 @@ def _predicted(model: Any, rows: Rows) -> np.ndarray:
 
 def _drawn(model: Any, optimizer: Any, rows: Rows, variance: float = 1.0) -> np.ndarray:
     """The average over draws of the optimizer's posterior, at a multiple of its variance."""
-    for group in optimizer.param_groups:
-        group["ess"] /= variance
     found = []
     for _ in range(DRAWS):
-        with torch.no_grad(), optimizer.sampled_params():
+        with torch.no_grad(), optimizer.sampled_params(temperature=variance):
             found.append(_predicted(model, rows))
-    for group in optimizer.param_groups:
-        group["ess"] *= variance
     return averaged(np.stack(found))
 
 
@@ -192,11 +188,9 @@ def _language(work: Path, seed: int, size: str) -> Iterator[JSON]:
         )
         if method == "ivon":
             for variance in (1.0, 3.0):
-                for group in optimizer.param_groups:
-                    group["ess"] /= variance
                 each = []
                 for _ in range(8):
-                    with torch.no_grad(), optimizer.sampled_params():
+                    with torch.no_grad(), optimizer.sampled_params(temperature=variance):
                         each.append(_tokens(model, problem.test)[0])
                 name = f"{method}, 8 draws" + ", 3 x variance" * (variance > 1)
                 yield (
