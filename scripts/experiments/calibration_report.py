@@ -134,7 +134,8 @@ def tables(world: "World", looks: Mapping["Job", Path]) -> str:
             row = scores(together, world.labels(name, "test"))
             seconds = sum(r["seconds"] for r in by_cell[name, cell]["adamw"])
             by_cell[name, cell][f"adamw, ensemble of {len(members)}"] = [row | {"seconds": seconds}]
-    text = [_means(by_cell)]
+    judged = {str(cell) for cell in world.size.cells if cell.epochs > 1 and not cell.lora}
+    text = [_means({key: found for key, found in by_cell.items() if key[1] in judged})]
     text += [_table(f"{name}, {cell}", found) for (name, cell), found in sorted(by_cell.items())]
     small = world.work / SMALL
     if small.exists():
@@ -143,7 +144,11 @@ def tables(world: "World", looks: Mapping["Job", Path]) -> str:
 
 
 def _means(by_cell: Mapping[tuple[str, str], Mapping[str, list[Row]]]) -> str:
-    """Means over the cells that have all rows on which the defaults are judged."""
+    """Means over the cells that have all rows on which the defaults are judged.
+
+    They are those of all weights after several passes. After one pass over few rows a model is less
+    sure than it is right, and averaging is of no use.
+    """
     drawn = {n for found in by_cell.values() for n in found if re.fullmatch(r"ivon, \d+ draws", n)}
     if not drawn:
         return ""
@@ -160,7 +165,8 @@ def _means(by_cell: Mapping[tuple[str, str], Mapping[str, list[Row]]]) -> str:
             for found in cells
         ]
         means[name] = [{c: float(np.mean([o[c] for o in of_cells])) for c in of_cells[0]}]
-    return f"{_table(f'means over {len(cells)} cells', means)}\n\n{_paired(cells, by_count[-1])}"
+    table = _table(f"means over {len(cells)} cells of several passes", means)
+    return f"{table}\n\n{_paired(cells, by_count[-1])}"
 
 
 def _paired(cells: Sequence[Mapping[str, list[Row]]], drawn: str) -> str:
