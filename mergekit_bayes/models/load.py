@@ -364,8 +364,7 @@ def _refuse_encoder(config: "PretrainedConfig", ref: str) -> None:
             f"'{ref}' is an encoder ({names[0] if names else config.model_type}), which sees the "
             "token that it predicts when it is run as a causal language model. Fine-tuning, "
             "precisions and evaluation of an encoder are those of a classifier on it: name one "
-            "that has its head, or make one with `bmerge finetune` (task: classification, and "
-            "num_labels)."
+            "that has its head, or make one with `bmerge finetune` (task: classification)."
         )
 
 
