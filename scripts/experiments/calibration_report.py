@@ -165,7 +165,8 @@ def _means(by_cell: Mapping[tuple[str, str], Mapping[str, list[Row]]]) -> str:
             for found in cells
         ]
         means[name] = [{c: float(np.mean([o[c] for o in of_cells])) for c in of_cells[0]}]
-    table = _table(f"means over {len(cells)} cells of several passes", means)
+    models = sum(len(found[by_count[-1]]) for found in cells)
+    table = _table(f"means over {len(cells)} cells of several passes", means, models)
     return f"{table}\n\n{_paired(cells, by_count[-1])}"
 
 
@@ -193,18 +194,19 @@ def _paired(cells: Sequence[Mapping[str, list[Row]]], drawn: str) -> str:
     return "\n".join(lines)
 
 
-def _table(title: str, found: Mapping[str, list[Row]]) -> str:
+def _table(title: str, found: Mapping[str, list[Row]], models: int | None = None) -> str:
+    """A row for each name: means over its seeds, or those of as many models."""
     columns = [*SCORES, "shift accuracy", "shift nll", "shift ece", "seconds"]
     heads = [HEADS.get(c, c) for c in columns]
     lines = [
         f"{title}:",
         "",
-        "| | seeds | " + " | ".join(heads) + " |",
+        f"| | {'models' if models else 'seeds'} | " + " | ".join(heads) + " |",
         "| --- " + "| ---: " * (len(columns) + 1) + "|",
     ]
     for name, rows in found.items():
         cells = [_cell([r[c] for r in rows if c in r], c) for c in columns]
-        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {models or len(rows)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
