@@ -76,6 +76,7 @@ def test_the_means_are_over_the_cells_that_have_all_rows(report):
     names = ("adamw", "adamw, temperature", *at_mean, "ivon, 8 draws", "ivon, 32 draws")
     whole = {name: [row | {"nll": 0.2}, row | {"nll": 0.4}] for name in names}
     other = {name: [row | {"nll": 0.9}] for name in names}
+    other["adamw"].append(row | {"nll": 5.0, "seed": 1})  # of which the others are not there yet
     text = report._means({("a", "1"): whole, ("b", "1"): other, ("c", "1"): {"adamw": [row]}})
     assert "means over 2 cells of several passes" in text
     assert text.count("| 0.600 |") == 6  # the mean of 0.3 and 0.9

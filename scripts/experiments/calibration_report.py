@@ -155,7 +155,12 @@ def _means(by_cell: Mapping[tuple[str, str], Mapping[str, list[Row]]]) -> str:
     by_count = sorted(drawn, key=lambda name: int(name.split()[1]))
     at_mean = ("ivon, at the mean", "ivon, at the mean, temperature")
     wanted = ("adamw", "adamw, temperature", *at_mean, *by_count)
-    cells = [found for found in by_cell.values() if all(name in found for name in wanted)]
+    cells = [
+        _of_common_seeds({name: found[name] for name in wanted})
+        for found in by_cell.values()
+        if all(name in found for name in wanted)
+    ]
+    cells = [found for found in cells if found["adamw"]]
     if not cells:
         return ""
     means = {}
@@ -168,6 +173,12 @@ def _means(by_cell: Mapping[tuple[str, str], Mapping[str, list[Row]]]) -> str:
     models = sum(len(found[by_count[-1]]) for found in cells)
     table = _table(f"means over {len(cells)} cells of several passes", means, models)
     return f"{table}\n\n{_paired(cells, by_count[-1])}"
+
+
+def _of_common_seeds(found: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """The rows of the seeds that all have, as long as some are still to be trained."""
+    common = set.intersection(*({row["seed"] for row in rows} for rows in found.values()))
+    return {name: [row for row in rows if row["seed"] in common] for name, rows in found.items()}
 
 
 def _paired(cells: Sequence[Mapping[str, list[Row]]], drawn: str) -> str:
