@@ -43,10 +43,15 @@ RARE = (
     "sam",
     "ivon, former defaults",
     "ivon, cheaper",
+    "ivon, no flush",
 )
 
 
-MANY = ("ivon", "ivon, cheaper")  # whose draws are made as often as a user is told to
+MANY = (
+    "ivon",
+    "ivon, cheaper",
+    "ivon, no flush",
+)  # whose draws are made as often as a user is told to
 
 
 class Job(NamedTuple):

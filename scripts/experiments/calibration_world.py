@@ -56,6 +56,7 @@ METHODS: dict[str, JSON] = {
     },
     "ivon, former defaults": {"learning_rate": 1e-4, "damping": 0.0},
     "ivon, cheaper": {"curvature_every": 16, "flush_batches": 16},
+    "ivon, no flush": {"curvature_every": 16, "posterior": "ivon"},
     "ivon, no noise": {"ess": 1e16, "damping": 0.01, "posterior": "none"},
     "sam": {"optimizer": "sam"},
 }
