@@ -196,6 +196,9 @@ def test_a_classifiers_rate_falls_with_the_length_of_the_run(tmp_path, data, ste
     settings = config(tmp_path, data)
     assert learning_rate(settings, steps, "classification") == pytest.approx(rate)
     assert learning_rate(settings, steps, "causal-lm") == 1e-4
+    adapter = config(tmp_path, data, lora={})
+    assert learning_rate(adapter, steps, "classification") == pytest.approx(10 * rate)
+    assert learning_rate(adapter, steps, "causal-lm") == 1e-3
     adamw = settings.model_copy(update={"optimizer": "adamw"})
     assert learning_rate(adamw, steps, "classification") == 1e-4
     given = settings.model_copy(update={"learning_rate": 3e-4})

@@ -17,9 +17,9 @@ _SHORT = 100  # steps up to which a classifier's bound is that of other models
 def learning_rate(config: FinetuneConfig, steps: int = 0, task: str = "causal-lm") -> float:
     """The learning rate at the start: the setting, or the default for whole weights or adapters.
 
-    Most weights move by all of IVON's bound in each step, so that a classifier with all weights
-    would go the further from its base, and the deeper into its training rows, the longer it is
-    trained. Its bound is 1e-4 for up to 100 steps, and falls as 0.01 / steps down to 1e-5.
+    Most weights move by all of IVON's bound in each step, so that a classifier would go the further
+    from its base, and the deeper into its training rows, the longer it is trained. Beyond 100 steps
+    its bound falls with their number, down to a tenth: 0.01 / steps, of an adapter 0.1 / steps.
 
     Args:
         config: Settings of the run.
@@ -28,11 +28,10 @@ def learning_rate(config: FinetuneConfig, steps: int = 0, task: str = "causal-lm
     """
     if config.learning_rate is not None:
         return config.learning_rate
-    if config.lora is not None:
-        return 1e-3
+    rate = 1e-4 if config.lora is None else 1e-3
     if config.optimizer != "ivon" or task != "classification" or steps <= _SHORT:
-        return 1e-4
-    return max(1e-5, 1e-4 * _SHORT / steps)
+        return rate
+    return max(rate / 10, rate * _SHORT / steps)
 
 
 def optimizer_rate(config: FinetuneConfig, rate: float | None = None) -> float:

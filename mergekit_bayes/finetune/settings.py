@@ -140,9 +140,9 @@ class FinetuneConfig(Config):
     learning_rate: float | None = Field(
         None,
         ge=0,
-        description="By default 1e-4, and 1e-3 for an adapter; for IVON on a classifier with all "
-        "weights 0.01 / steps, from 1e-4 down to 1e-5. For IVON the bound on the change of a "
-        "weight in one step, its `lr` times `clip_radius`, and at most 0.01.",
+        description="By default 1e-4, and 1e-3 for an adapter; for IVON on a classifier of more "
+        "than 100 steps this times 100 / steps, down to a tenth. For IVON the bound on the change "
+        "of a weight in one step, its `lr` times `clip_radius`, and at most 0.01.",
     )
     ess: float | None = Field(
         None,
