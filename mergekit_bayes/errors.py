@@ -43,10 +43,10 @@ class NoDrawsError(PrecisionError):
     """A model has no posterior that weights can be drawn from.
 
     Attributes:
-        reason: Why not, in words that follow the model's name.
+        reason: Why not: a clause that follows "since".
     """
 
-    def __init__(self, message: str, reason: str = "no posterior can be drawn from") -> None:
+    def __init__(self, message: str, reason: str = "it has no posterior to draw from") -> None:
         super().__init__(message)
         self.reason = reason
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes.compare.draws import draw_notes
+from mergekit_bayes.compare.draws import draw_notes, notes_by_model
 from mergekit_bayes.compare.markdown import as_markdown
 from mergekit_bayes.compare.run import run_compare
 from mergekit_bayes.compare.settings import CompareConfig
@@ -20,17 +20,20 @@ from mergekit_bayes.models.sampling import SamplingReport
 from tests import tiny_models
 
 
+def labelled(folder, *texts):
+    """A file of texts whose labels are 0 and 1 in turn."""
+    rows = [json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(texts)]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    return folder / "rows.jsonl"
+
+
 def test_a_model_without_draws_is_compared_at_its_mean(tmp_path):
     drawn, plain, other = (
         tiny_models.tiny_bert(tmp_path / name, seed=seed)
         for seed, name in enumerate(("drawn", "plain", "other"))
     )
     tiny_models.give_posterior(drawn)
-    rows = tmp_path / "rows.jsonl"
-    texts = ("the cat sat", "a dull film", "dog", "a bird saw a tree")
-    rows.write_text(
-        "".join(json.dumps({"text": t, "label": i % 2}) + "\n" for i, t in enumerate(texts))
-    )
+    rows = labelled(tmp_path, "the cat sat", "a dull film", "dog", "a bird saw a tree")
 
     def compare(*models):
         config = CompareConfig(models=tuple(map(str, models)), classify={"a": str(rows)}, samples=2)
@@ -50,7 +53,13 @@ def test_a_model_without_draws_is_compared_at_its_mean(tmp_path):
         assert shown[measure]["plain"] is not None
         assert shown[f"{measure}, over samples"]["plain"] is None
         assert shown[f"{measure}, over samples"]["drawn"] is not None
+    ((label, note),) = notes_by_model(report.evaluations)
+    assert label == "drawn"
+    assert "measured alone, with --prior" in note
+    ((_, note),) = notes_by_model(report.evaluations[:1])
+    assert "alone" not in note
     page = as_markdown(report)
+    assert "drawn: the draws are" in page
     assert "drawn: 2 samples of" in page
     assert "plain was not drawn" in page
     with pytest.raises(NoDrawsError, match="plain"):
@@ -125,8 +134,7 @@ def test_averaging_an_unsure_model_is_advised_against(confidence, over_samples, 
 def test_variants_have_no_draws_and_are_compared_without(tmp_path, with_plain):
     models = [tiny_models.tiny_bert(tmp_path / name, seed=i) for i, name in enumerate(("a", "b"))]
     tiny_models.give_posterior(models[0])
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"text": "the cat sat", "label": 0}) + "\n")
+    rows = labelled(tmp_path, "the cat sat")
     config = CompareConfig(
         models=tuple(map(str, models[: 1 + with_plain])),
         classify={"x": str(rows)},
@@ -148,8 +156,7 @@ def test_variants_have_no_draws_and_are_compared_without(tmp_path, with_plain):
 def test_a_set_may_have_the_name_of_a_column(tmp_path):
     model = tiny_models.tiny_bert(tmp_path / "a")
     tiny_models.give_posterior(model)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"text": "the cat sat", "label": 0}) + "\n")
+    rows = labelled(tmp_path, "the cat sat")
     command = ["evaluate", str(model), "--classify", f"change={rows}", "--samples", "2"]
     shown = CliRunner().invoke(app, command, env={"COLUMNS": "300"}).stderr
     (head,) = (line for line in shown.splitlines() if line.startswith("measure"))

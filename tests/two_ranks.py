@@ -21,8 +21,8 @@ def run(module, folder):
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Once in some dozen runs a thread of gloo ends the interpreter's teardown with an abort
-    # ("terminate called without an active exception"), after all of the work.
+    # A thread of gloo may else end the interpreter's teardown with an abort ("terminate called
+    # without an active exception"), after all of the work.
     os._exit(0)
 
 

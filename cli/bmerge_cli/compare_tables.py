@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 def show_compare(screen: Screen, report: "CompareReport") -> None:
     """Print the disagreement of scorers if there is one, all numbers, differences and findings."""
-    from mergekit_bayes.compare.draws import draw_notes, draws_in_words
+    from mergekit_bayes.compare.draws import draws_in_words, notes_by_model
     from mergekit_bayes.compare.findings import is_disagreement
-    from mergekit_bayes.compare.wording import bias_in_words, cuts, readings
+    from mergekit_bayes.compare.wording import bias_in_words, readings
 
     first = [finding for finding in report.findings if is_disagreement(finding)]
     for finding in first:
@@ -24,12 +24,11 @@ def show_compare(screen: Screen, report: "CompareReport") -> None:
         screen.print(reading)
     for spec, bias in scorers.bias.items():
         screen.print(bias_in_words(spec, bias))
-    alone = len({one.model for one in report.evaluations}) == 1
     for one in report.evaluations:
         if one.report.sampled is not None:
             screen.print(f"{one.label}: {draws_in_words(one.report.sampled.draws)}")
-        for note in (*cuts(one.report), *draw_notes(one.report, alone=alone)):
-            screen.print(f"note: {one.label}: {note}")
+    for label, note in notes_by_model(report.evaluations):
+        screen.print(f"note: {label}: {note}")
     for finding in report.findings:
         if finding not in first:
             screen.print(finding)

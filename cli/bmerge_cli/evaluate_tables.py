@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from bmerge_cli.render import Screen, show_beside, table
 
 if TYPE_CHECKING:
-    from mergekit_bayes.evaluate.report import EvaluateReport, SampledReport, TaskReport
+    from mergekit_bayes.evaluate.report import EvaluateReport, TaskReport
     from mergekit_bayes.generation import Sampling
     from mergekit_bayes.metrics.base import Interval
     from mergekit_bayes.metrics.classification import ClassificationReport
@@ -26,8 +26,7 @@ def show_report(screen: Screen, report: "EvaluateReport") -> None:
         for name, measured in report.classification.items():
             sampled = report.sampled.classification[name] if report.sampled else None
             _show_calibration(screen, name, measured, sampled)
-    if report.sampled:
-        _show_draws(screen, report, report.sampled)
+    _show_draws(screen, report)
     if report.sampling and report.samples:
         _show_toxicity(screen, report, report.sampling, report.samples)
         _show_quality(screen, report, report.samples)
@@ -127,10 +126,11 @@ def _show_calibration(
     screen.print(table(columns, rows, title=f"calibration of {name}"))
 
 
-def _show_draws(screen: Screen, report: "EvaluateReport", sampled: "SampledReport") -> None:
+def _show_draws(screen: Screen, report: "EvaluateReport") -> None:
     from mergekit_bayes.compare.draws import draw_notes, draws_in_words
 
-    screen.print(draws_in_words(sampled.draws))
+    if report.sampled:
+        screen.print(draws_in_words(report.sampled.draws))
     for note in draw_notes(report):
         screen.print(f"note: {note}")
 

@@ -1,8 +1,10 @@
 """What is said of weights that were drawn: how wide, and what to make of it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from mergekit_bayes.compare.report import Evaluated
+from mergekit_bayes.compare.wording import cuts
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.models.sampling import WIDE, SamplingReport
 
@@ -23,6 +25,14 @@ def draws_in_words(draws: SamplingReport) -> str:
         f"{words}; of a mixture: samples {counts}, and the entries at the mean, the distance and "
         f"the prior precision are those of '{drawn[0][1]}'"
     )
+
+
+def notes_by_model(evaluations: Sequence[Evaluated]) -> Iterator[tuple[str, str]]:
+    """The label of a model, and what a reader should know of its numbers; of all, one by one."""
+    alone = len({one.model for one in evaluations}) == 1
+    for one in evaluations:
+        for note in (*cuts(one.report), *draw_notes(one.report, alone=alone)):
+            yield one.label, note
 
 
 def draw_notes(report: EvaluateReport, *, alone: bool = True) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mergekit_bayes.compare.draws import draw_notes, draws_in_words
+from mergekit_bayes.compare.draws import draws_in_words, notes_by_model
 from mergekit_bayes.compare.report import CompareReport
 from mergekit_bayes.compare.wording import (
     AGREEMENT,
@@ -12,7 +12,6 @@ from mergekit_bayes.compare.wording import (
     cell,
     changes_of,
     columns_of,
-    cuts,
     named,
     panels_of,
     readings,
@@ -121,8 +120,7 @@ def _how(report: CompareReport) -> Iterator[str]:
     for one in report.evaluations:
         if one.report.sampled is not None:
             yield text(f"{one.label}: {draws_in_words(one.report.sampled.draws)}.")
-        alone = len({e.model for e in report.evaluations}) == 1
-        notes = (*cuts(one.report), *draw_notes(one.report, alone=alone))
-        yield from (f"{text(one.label)}: {text(note)}." for note in notes)
+    for label, note in notes_by_model(report.evaluations):
+        yield f"{text(label)}: {text(note)}."
     # In one piece: a version alone would be escaped as the number of a list item, 0\.1.0.
     yield text(f"bmerge {report.version}; all settings and numbers are in report.json.")

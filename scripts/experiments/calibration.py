@@ -45,13 +45,8 @@ RARE = (
     "ivon, cheaper",
     "ivon, no flush",
 )
-
-
-MANY = (
-    "ivon",
-    "ivon, cheaper",
-    "ivon, no flush",
-)  # whose draws are made as often as a user is told to
+# Whose draws are made as often as a user is told to.
+MANY = ("ivon", "ivon, cheaper", "ivon, no flush")
 
 
 class Job(NamedTuple):
